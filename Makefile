@@ -1,0 +1,45 @@
+# make train   from a clone to pictures: install into .venv, train the digits preset, sample, write a report
+# make test    install the development tools too, then run every test
+# make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/digits
+
+.PHONY: setup dev train test lint fixtures clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.core
+dev: .venv/.dev
+
+# A stamp is written last, so an interrupted installation is taken up again and a finished one costs nothing.
+.venv/.core: pyproject.toml constraints.txt
+	@echo "Installing into .venv: about 3 GB to download (PyTorch with CUDA), 6 GB on disk."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "erd-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	@echo "Installing the development tools."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup
+	$(BIN)/erd-fast train digits --out $(RUN)
+	$(BIN)/erd-fast sample $(RUN) --n 100 --steps 18 --cfg-scale 1.5 --out $(RUN)/samples.png
+
+test: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy erd_fast tests/fixtures.py
+	$(BIN)/mypy kernels
+
+fixtures: setup
+	$(BIN)/python tests/fixtures.py out/fixtures
+
+clean:
+	rm -rf .venv build out runs erd_fast.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,28 @@
+"""erd-fast: a fast training engine for diffusion transformers on image latents, with the ERD loss weighting.
+
+Importing this package is light: no compiled code, no Triton, no GPU. Names below load their module at first use.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+# In a source checkout the Triton kernels lie in ../kernels; an installed wheel has them in erd_fast/kernels.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "csrc").is_dir() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))
+
+_EXPORTS = {
+    "get_schedule": "erd_fast.diffusion",
+    "loss_weight": "erd_fast.diffusion",
+    "weight_table": "erd_fast.diffusion",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,153 @@
+"""The command line: parse, build, call. What the commands do lives in the modules they call."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import erd_fast
+from erd_fast.errors import ConfigError, ErdFastError
+from erd_fast.sampling import GuidanceInterval
+from erd_fast.sampling.guidance import GuidanceUnit
+from erd_fast.training.config import RunConfig, load_config
+from erd_fast.training.presets import describe_presets, get_preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    preset: tyro.conf.Positional[str]
+    """Name of a preset."""
+    config: Path | None = None
+    """YAML file whose fields replace the preset's."""
+    out: Path | None = None
+    """Run folder; default runs/PRESET. The same command again resumes."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print configuration and size of the run, and stop."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
+
+    def __call__(self) -> None:
+        from erd_fast.report import write_report
+        from erd_fast.training.loop import describe, train
+
+        if self.dry_run:
+            print(describe(self.run))
+            return
+        folder = self.out or Path("runs") / self.preset
+        train(self.run, folder)
+        print(f"report: {write_report(folder)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run's newest checkpoint, or from one checkpoint."""
+
+    source: tyro.conf.Positional[Path]
+    """Run folder, or a folder checkpoints/step-XXXXXXXX."""
+    out: Path
+    """x.png: a grid; x.npz: arr_0 images (N, H, W, C) uint8 and arr_1 labels; anything else: a folder of PNGs."""
+    n: int = 100
+    """Number of images."""
+    classes: tuple[int, ...] = ()
+    """Labels to cycle through; none spreads over all classes."""
+    steps: int = 50
+    """Heun steps; each but the last evaluates the model twice."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """LO HI: guide within these noise levels alone."""
+    guidance_unit: GuidanceUnit = "frac"
+    """Unit of the interval: fraction of the training time, model time, sigma, or sampler step."""
+    seed: int = 0
+    """Image i depends on the seed, i and its label alone."""
+    ema: bool = True
+    """Averaged weights."""
+
+    def __call__(self) -> None:
+        from erd_fast.sampling.images import check_output, save
+        from erd_fast.training.sample_run import sample_run
+
+        check_output(self.out)
+        interval = GuidanceInterval(*self.guidance_interval, self.guidance_unit) if self.guidance_interval else None
+        pixels, labels = sample_run(
+            self.source,
+            self.n,
+            classes=self.classes,
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            guidance_interval=interval,
+            seed=self.seed,
+            ema=self.ema,
+        )
+        save(pixels, labels, self.out)
+        print(f"wrote {self.out}: {len(pixels)} images of {pixels.shape[1]} x {pixels.shape[2]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write a run's report.html: one self-contained page."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+
+    def __call__(self) -> None:
+        from erd_fast.report import write_report
+
+        print(f"report: {write_report(self.run)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What is installed, which backend each op uses, and why not the others."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """As JSON."""
+
+    def __call__(self) -> None:
+        from erd_fast import info
+
+        print(json.dumps(info.collect(), indent=2) if self.json else info.describe())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``erd-fast``. Mistakes end with one message and exit status 2 (configuration) or 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"erd-fast {erd_fast.__version__}")
+        return
+    try:
+        command: Any = tyro.cli(
+            _commands(arguments),
+            args=arguments or ["--help"],
+            prog="erd-fast",
+            description="Train diffusion transformers on image latents with the ERD loss weighting.",
+            use_underscores=True,
+        )
+        command()
+    except ErdFastError as error:
+        print(f"erd-fast: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _commands(arguments: list[str]) -> Any:
+    """The subcommands; ``train`` has the defaults of the preset and the YAML file that the arguments name."""
+    preset = "digits"
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        preset = arguments[1]
+    run = get_preset(preset)
+    if "--config" in arguments[1:-1]:
+        run = load_config(Path(arguments[arguments.index("--config") + 1]), run)
+    subcommand = tyro.conf.subcommand
+    described = f"Train a preset, or go on training it.\n\nPresets:\n{describe_presets()}"
+    return (
+        Annotated[Train, subcommand("train", default=Train(preset, run=run), description=described)]
+        | Annotated[Sample, subcommand("sample")]
+        | Annotated[Report, subcommand("report")]
+        | Annotated[Info, subcommand("info")]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Latent stores and their readers."""
+
+from erd_fast.data.importers import BUNDLED, open_dataset
+from erd_fast.data.loaders import Batch, Loader, Reader, open_reader
+from erd_fast.data.store import LatentKind, LatentStore, Manifest, write_store
+
+__all__ = [
+    "BUNDLED",
+    "Batch",
+    "LatentKind",
+    "LatentStore",
+    "Loader",
+    "Manifest",
+    "Reader",
+    "open_dataset",
+    "open_reader",
+    "write_store",
+]

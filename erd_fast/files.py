@@ -1,0 +1,102 @@
+"""Files that are whole or absent: atomic writes, and the folder for cached imports and judges."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from erd_fast.errors import DataError, RunError
+
+
+def cache_dir() -> Path:
+    """Folder of imported stores and trained judges: ``ERD_FAST_CACHE``, else ``~/.cache/erd-fast``."""
+    given = os.environ.get("ERD_FAST_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "erd-fast"
+
+
+def make_folder(path: Path) -> Path:
+    """Create ``path`` with its parents. Raises RunError where that is not permitted."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create the folder {path}: {error.strerror}; name one you may write to") from error
+    if not os.access(path, os.W_OK):
+        raise RunError(f"no permission to write in {path}; name a folder you may write to")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises DataError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; on a clean end it becomes ``path`` in one rename, otherwise it is removed.
+
+    If ``path`` appeared meanwhile (another process made it), that one is kept. Raises RunError on a failed write.
+    """
+    make_folder(path.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _sync(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``. Only one process may write there."""
+    for left in folder.glob(".*.partial"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,93 @@
+"""draw: what each image of a training batch is, as integers: sample, timestep, label drop, flip."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from erd_fast.random import Purpose, Stream, bounded, sample_order, words
+
+
+class Draw(NamedTuple):
+    """One batch of decisions. Every field is (N,); integers are int64."""
+
+    ids: Tensor  # g: number of the image in the training sequence, key of all its random numbers
+    sample_index: Tensor  # row of the data set, in [0, dataset_size)
+    t_index: Tensor  # index on the timestep grid, in [0, num_timesteps)
+    label_drop: Tensor  # bool: train this image without its label
+    flip: Tensor  # bool: mirror this image, where the store allows it
+
+
+def draw(
+    counter: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    dataset_size: int,
+    num_timesteps: int,
+    label_drop: float = 0.0,
+    offset: int = 0,
+    purpose: Purpose = Purpose.TRAIN,
+) -> Draw:
+    """Decide sample, timestep, label drop and flip for ``batch_size`` images, in integer arithmetic alone.
+
+    Image ``i`` of the call is number ``g = counter + offset + i``. Its sample is ``sample_order(g)``; the words of its
+    ``SCALARS`` block give t = ``(w0 * K) >> 32``, drop = ``w1 < round(label_drop * 2**32)`` and flip = top bit of
+    ``w2`` (``w3`` is spare). A batch cut in any way over ranks and micro-batches is therefore the same batch.
+
+    Args:
+        counter: () int64, images seen before this batch, on the device that shall hold the result.
+        seed: 64-bit key.
+        batch_size: N, images of this call.
+        dataset_size: number of samples, 1 to 2**32.
+        num_timesteps: K, 1 to 2**31.
+        label_drop: probability in [0, 1], exact to 2**-32.
+        offset: rank offset plus micro-batch offset within the global batch.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Moves 40 bytes an image. Source: docs/design.md, "Randomness".
+    """
+    if counter.dtype != torch.int64 or counter.dim() != 0:
+        raise ValueError(f"draw: counter: given {counter.dtype} {tuple(counter.shape)}, allowed an int64 scalar tensor")
+    if batch_size < 1:
+        raise ValueError(f"draw: batch_size: given {batch_size}, allowed 1 or more")
+    if not 1 <= num_timesteps <= 1 << 31:
+        raise ValueError(f"draw: num_timesteps: given {num_timesteps}, allowed 1 to 2**31")
+    if not 0.0 <= label_drop <= 1.0:
+        raise ValueError(f"draw: label_drop: given {label_drop}, allowed 0 to 1")
+    return draw_reference(
+        counter,
+        seed=seed,
+        batch_size=batch_size,
+        dataset_size=dataset_size,
+        num_timesteps=num_timesteps,
+        label_drop=label_drop,
+        offset=offset,
+        purpose=purpose,
+    )
+
+
+def draw_reference(
+    counter: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    dataset_size: int,
+    num_timesteps: int,
+    label_drop: float,
+    offset: int,
+    purpose: Purpose,
+) -> Draw:
+    """The definition of :func:`draw`."""
+    ids = counter + offset + torch.arange(batch_size, dtype=torch.int64, device=counter.device)
+    block = torch.zeros(1, dtype=torch.int64, device=counter.device)
+    t_word, drop_word, flip_word, _ = words(seed, purpose, Stream.SCALARS, ids, block)[:, 0].unbind(-1)
+    return Draw(
+        ids=ids,
+        sample_index=sample_order(seed, ids, dataset_size),
+        t_index=bounded(t_word, num_timesteps),
+        label_drop=drop_word < round(label_drop * 2**32),
+        flip=(flip_word >> 31) == 1,
+    )

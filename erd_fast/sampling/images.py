@@ -1,0 +1,98 @@
+"""Samples as pictures: from x0 to uint8, into PNG grids, folders of PNGs, and .npz files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from erd_fast.diffusion.schedule import Schedule
+from erd_fast.errors import ConfigError, RunError
+from erd_fast.files import make_folder
+from erd_fast.random import Purpose, Stream, normals
+from erd_fast.sampling.heun import heun
+
+Pixels = NDArray[np.uint8]
+SUFFIXES = (".png", ".npz")
+_SMALLEST_TILE = 32  # pixels; smaller images are enlarged, so that a grid of 8 x 8 digits can be seen
+
+
+def generate(
+    model: Any,
+    schedule: Schedule,
+    target: str,
+    labels: Tensor | None,
+    count: int,
+    *,
+    seed: int,
+    batch_size: int = 128,
+    **how: Any,
+) -> Tensor:
+    """``count`` samples by :func:`heun`; image i depends on (seed, i, its label) alone, not on the batch size.
+
+    The model gives the shape (``in_channels``, ``input_size``) and the device; ``how`` goes to the sampler.
+    """
+    device = next(model.parameters()).device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    parts = []
+    for start in range(0, count, batch_size):
+        ids = torch.arange(start, min(start + batch_size, count), device=device)
+        noise = normals(seed, Purpose.SAMPLE, Stream.NOISE, ids, shape)
+        batch_labels = None if labels is None else labels[start : start + batch_size].to(device)
+        parts.append(heun(model, schedule, target, noise, labels=batch_labels, **how))
+    return torch.cat(parts)
+
+
+def to_pixels(x: Tensor) -> Pixels:
+    """x0 in [-1, 1], (N, C, H, W), to uint8 NHWC; values outside are clipped."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
+    """One picture of uint8 NHWC images in rows, each enlarged by whole numbers (nearest neighbour) to 32 pixels or
+    more."""
+    count, height, width, channels = pixels.shape
+    factor = max(1, -(-_SMALLEST_TILE // max(height, width)))
+    tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    columns = min(columns, count)
+    rows, gap = -(-count // columns), 2
+    height, width = height * factor + gap, width * factor + gap
+    sheet = np.full((rows * height + gap, columns * width + gap, channels), 255, np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = gap + number // columns * height, gap + number % columns * width
+        sheet[top : top + height - gap, left : left + width - gap] = tile
+    return _picture(sheet)
+
+
+def check_output(out: Path) -> None:
+    """Raises ConfigError unless ``out`` is a name that :func:`save` can write: .png, .npz, or a folder."""
+    if out.suffix and out.suffix not in SUFFIXES:
+        raise ConfigError(f"out: given {out}, allowed a name ending in .png or .npz, or a folder")
+
+
+def save(pixels: Pixels, labels: NDArray[np.int64] | None, out: Path, columns: int = 10) -> None:
+    """Write uint8 NHWC images: ``x.png`` a grid, ``x.npz`` arrays arr_0 (images) and arr_1 (labels), else a folder
+    of PNGs.
+
+    Raises:
+        ConfigError: another ending. RunError: no permission.
+    """
+    check_output(out)
+    make_folder(out.parent if out.suffix else out)
+    try:
+        if out.suffix == ".png":
+            grid(pixels, columns).save(out)
+        elif out.suffix == ".npz":
+            np.savez(out, pixels) if labels is None else np.savez(out, pixels, labels)
+        else:
+            for number, image in enumerate(pixels):
+                _picture(image).save(out / f"{number:06d}.png")
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _picture(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

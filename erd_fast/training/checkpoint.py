@@ -1,0 +1,138 @@
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all.
+
+::
+
+    checkpoints/step-00000120/
+        model.safetensors      parameters and buffers, stock keys
+        ema.safetensors        the same with averaged parameters: what samples
+        training.safetensors   AdamW's moments and the sums of the open log interval
+        state.json             step, images, EMA steps, sizes of the model and the objective
+"""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from erd_fast.errors import DataError
+from erd_fast.files import new_folder, read_json, write_json
+from erd_fast.training.step import TrainStep
+
+FORMAT_VERSION = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointState:
+    """``state.json``."""
+
+    step: int
+    images: int
+    ema_steps: int
+    data: str
+    """Fingerprint of the store."""
+    model: dict[str, Any]
+    """Name and arguments for ``create_model``."""
+    schedule: str
+    target: str
+    class_names: list[str]
+    format_version: int = FORMAT_VERSION
+
+
+def save_checkpoint(folder: Path, state: CheckpointState, step: TrainStep, keep: int) -> Path:
+    """Write ``folder/step-XXXXXXXX`` and remove all but the newest ``keep`` (0: none is removed)."""
+    path = folder / f"step-{state.step:08d}"
+    if not path.is_dir():
+        with new_folder(path) as partial:
+            save_file(_on_cpu(step.model.state_dict()), partial / "model.safetensors")
+            with step.optimizer.swap_ema():
+                save_file(_on_cpu(step.model.state_dict()), partial / "ema.safetensors")
+            save_file(_on_cpu(_training_tensors(step)), partial / "training.safetensors")
+            write_json(partial / "state.json", dataclasses.asdict(state))
+    if keep:
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run's ``checkpoints`` folder, by its step, or None."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load_state(path: Path) -> CheckpointState:
+    """Read ``state.json``. Raises DataError for another version or a damaged file."""
+    content = read_json(path / "state.json")
+    try:
+        state = CheckpointState(**content)
+    except TypeError as error:
+        raise DataError(f"{path / 'state.json'}: {error}") from error
+    if state.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format_version {state.format_version}; this version of erd-fast reads {FORMAT_VERSION}"
+        )
+    return state
+
+
+def load_weights(path: Path, model: nn.Module, ema: bool = True) -> None:
+    """Load parameters (their averages with ``ema``) into ``model``. Raises DataError if they do not fit or are
+    damaged."""
+    file = path / ("ema.safetensors" if ema else "model.safetensors")
+    weights = _read(file)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{file} does not fit the model: {error}") from error
+
+
+@torch.no_grad()
+def restore(path: Path, step: TrainStep) -> CheckpointState:
+    """Put parameters, averages, moments, open sums and the image counter back as they were saved, bit for bit."""
+    state = load_state(path)
+    load_weights(path, step.model, ema=False)
+    averages, tensors = _read(path / "ema.safetensors"), _read(path / "training.safetensors")
+    try:
+        for name, parameter in step.model.named_parameters():
+            moments = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS}
+            moments["ema"] = averages[name]
+            step.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in moments.items()}
+        for name, total in step.totals.items():
+            total.copy_(tensors[f"totals.{name}"])
+    except KeyError as error:
+        raise DataError(f"{path}: tensor {error} is missing") from error
+    for group in step.optimizer.param_groups:
+        group["ema_steps"] = state.ema_steps
+    step.counter.fill_(state.images)
+    return state
+
+
+def _training_tensors(step: TrainStep) -> dict[str, Tensor]:
+    tensors = {f"totals.{name}": total for name, total in step.totals.items()}
+    for name, parameter in step.model.named_parameters():
+        for kind in _MOMENTS:
+            tensors[f"{kind}.{name}"] = step.optimizer.state[parameter][kind]
+    return tensors
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} is damaged: {error}") from error

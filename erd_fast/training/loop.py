@@ -1,0 +1,293 @@
+"""The training loop: start or resume, step, log, preview, judge, save."""
+
+import contextlib
+import fcntl
+import math
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from erd_fast.data import Batch, LatentStore, open_dataset, open_reader
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.errors import ConfigError, RunError
+from erd_fast.files import make_folder, remove_partial, write_text
+from erd_fast.models import create_model, model_flops
+from erd_fast.optim import AdamWEMA
+from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, restore, save_checkpoint
+from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
+from erd_fast.training.metrics import RunLog, Speed, read_log
+from erd_fast.training.preview import can_judge, judge_samples, write_preview
+from erd_fast.training.step import TrainStep, learning_rate
+
+
+def train(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Train ``config`` in the run folder, from its newest checkpoint if it has one. Returns the last metrics.
+
+    The first SIGINT or SIGTERM ends the current step, saves a checkpoint and exits with 128 + its number.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or the configuration does not fit the store.
+        DataError: the store or a checkpoint is damaged.
+        RunError: no permission, another process trains in the folder, or the loss is not finite.
+    """
+    _check_folder(config, folder)
+    store = open_store(config)
+    make_folder(folder)
+    with _only_process_in(folder), _stop_requests() as stop:
+        write_text(folder / "config.yaml", config_text(config))
+        return _Run(config, folder, store).go(stop)
+
+
+def open_store(config: RunConfig) -> LatentStore:
+    """The store of ``data.path``, checked against the configuration."""
+    if not config.data.path:
+        raise ConfigError("data.path: not given, allowed the folder of a latent store or a bundled data set (digits)")
+    store = open_dataset(config.data.path)
+    _, height, width = store.manifest.shape
+    if height != width:
+        raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
+    return store
+
+
+def model_arguments(config: RunConfig, store: LatentStore) -> dict[str, Any]:
+    """Arguments of ``create_model`` for this configuration on this store."""
+    channels, size, _ = store.manifest.shape
+    return {
+        "name": config.model.name,
+        **config.model.overrides(),
+        "input_size": size,
+        "in_channels": channels,
+        "num_classes": store.manifest.num_classes,
+        "null_label": config.train.label_drop > 0,
+    }
+
+
+def describe(config: RunConfig) -> str:
+    """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Writes nothing."""
+    store = open_store(config)
+    model = create_model(**model_arguments(config, store), device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    per_image, images = 3 * model_flops(model), config.train.steps * config.train.batch_size
+    size = (
+        f"# {config.model.name}: {parameters:,} parameters, {per_image / 1e9:.3f} GFLOP an image in training\n"
+        f"# {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}\n"
+        f"# {config.train.steps:,} steps of {config.train.batch_size} images: {images / len(store):.2f} epochs, "
+        f"{images * per_image / 1e15:.3g} PFLOP"
+    )
+    return f"{config_text(config)}{size}"
+
+
+class _Run:
+    """One process's work on one run folder."""
+
+    def __init__(self, config: RunConfig, folder: Path, store: LatentStore):
+        self.config, self.folder, self.store = config, folder, store
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.use_deterministic_algorithms(config.train.deterministic)
+        objective, optim = config.diffusion, config.optim
+        self.arguments = model_arguments(config, store)
+        model = create_model(**self.arguments, seed=config.train.seed).to(self.device)
+        optimizer = AdamWEMA(
+            model.parameters(),
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            ema_decay=optim.ema_decay,
+            grad_clip=optim.grad_clip,
+        )
+        process = DiffusionProcess(
+            get_schedule(objective.schedule), objective.target, objective.weighting, objective.normalize, self.device
+        )
+        self.step = TrainStep(config, model, optimizer, process, store, self.device)
+        self.log = RunLog(folder)
+        self.speed = Speed(model_flops(model), self.device)
+        self.done = 0  # steps taken
+
+    def go(self, stop: "_StopRequest") -> dict[str, Any]:
+        config, folder = self.config, self.folder
+        if not self._resume():
+            return self.log.last
+        reader = open_reader(self.store, config.data.loader, self.device)
+        print(self._headline(reader.name), flush=True)
+        batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
+        bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not sys.stderr.isatty())
+        with contextlib.closing(batches), bar:
+            self.speed.restart()
+            while self.done < config.train.steps:
+                self._set_learning_rate()
+                loss = self.step(batches)
+                self.done += 1
+                self.speed.count(config.train.batch_size)
+                bar.update()
+                last = self.done == config.train.steps
+                if last or self._due(config.train.log_every):
+                    self._log_line(bar)
+                began = time.perf_counter()
+                if self._due(config.train.sample_every) or (last and config.train.sample_every):
+                    self._preview()
+                if self._due(config.eval.every) and not last:
+                    self._judge()
+                if last or stop.signal or self._due(config.train.save_every):
+                    self._save(float(loss))
+                self.speed.pause(time.perf_counter() - began)
+                if stop.signal and not last:
+                    bar.close()
+                    print(f"stopped at step {self.done}; the same command goes on from there", flush=True)
+                    raise SystemExit(128 + stop.signal)
+        self._judge()
+        self.log.write_metrics(world_size=1, local_batch=config.train.batch_size)
+        self.log.write({"event": "end", "step": self.done})
+        print(f"finished {folder} at step {self.done}", flush=True)
+        return self.log.last
+
+    def _resume(self) -> bool:
+        """Go back to the newest checkpoint, if there is one. False if the run is finished."""
+        checkpoints = self.folder / "checkpoints"
+        remove_partial(checkpoints)
+        newest = latest_checkpoint(checkpoints)
+        steps = self.config.train.steps
+        ends = [line["step"] for line in read_log(self.folder / "log.jsonl") if line.get("event") == "end"]
+        if newest is None:
+            self.log.cut_back(0)
+            return True
+        if ends and max(ends) >= steps:
+            print(f"{self.folder} is finished: step {max(ends)} of {steps}; raise --train.steps to go on", flush=True)
+            return False
+        state = restore(newest, self.step)
+        if state.data != self.store.fingerprint:
+            raise RunError(
+                f"{self.folder} was trained on a store with fingerprint {state.data}, {self.store.path} has "
+                f"{self.store.fingerprint}; data.path may name a copy, not other data"
+            )
+        self.done = state.step
+        self.log.cut_back(self.done)
+        self.log.write({"event": "resume", "step": self.done})
+        print(f"resuming at step {self.done}", flush=True)
+        return True
+
+    def _headline(self, reader: str) -> str:
+        parameters = sum(p.numel() for p in self.step.model.parameters())
+        train = self.config.train
+        return (
+            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self.device}, {train.precision}; "
+            f"{len(self.store)} samples, {reader} reader; batch {train.batch_size}, steps {self.done} to {train.steps}"
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
+
+    def _set_learning_rate(self) -> None:
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.done)
+
+    def _timed(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """The batches, with the time spent waiting for them."""
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches)
+                self.speed.waited += time.perf_counter() - began
+                yield batch
+        finally:
+            batches.close()  # ends its reading thread
+
+    def _log_line(self, bar: "tqdm[Any]") -> None:
+        loss, loss_by_t = self.step.take_totals()
+        self._check_finite(loss)
+        line: dict[str, Any] = {"step": self.done, "images": self.done * self.config.train.batch_size, "loss": loss}
+        line |= {"grad_norm": float(self.step.optimizer.grad_norm), "loss_by_t": loss_by_t}
+        line |= {"lr": learning_rate(self.config, self.done - 1), **self.speed.read()}
+        self.log.write(line)
+        self.log.write_metrics()
+        rate = line["images_per_sec"]
+        bar.set_postfix(loss=f"{loss:.4f}", images_per_sec=f"{rate:.0f}")
+        if bar.disable:
+            left = (self.config.train.steps - self.done) * line["step_ms"] / 1e3
+            total = self.config.train.steps
+            eta = f"{left // 60:.0f}:{left % 60:02.0f}"
+            print(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left", flush=True)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {self.done}; the newest checkpoint is from before. "
+                "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
+            )
+
+    def _preview(self) -> None:
+        if self.store.manifest.kind == "pixels":
+            write_preview(self.config, self.step, self.store, self.folder / "samples" / f"step-{self.done:08d}.png")
+
+    def _judge(self) -> None:
+        if not self.config.eval.images or not can_judge(self.store):
+            return
+        scores = judge_samples(self.config, self.step, self.store)
+        self.log.write({"step": self.done, **scores})
+        self.log.write_metrics()
+        text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        tqdm.write(f"step {self.done}  {text}")
+
+    def _save(self, loss: float) -> None:
+        self._check_finite(loss)
+        arguments, manifest = self.arguments, self.store.manifest
+        state = CheckpointState(
+            step=self.done,
+            images=self.done * self.config.train.batch_size,
+            ema_steps=self.step.optimizer.param_groups[0]["ema_steps"],
+            data=self.store.fingerprint,
+            model=arguments,
+            schedule=self.step.process.schedule.name,
+            target=self.step.process.target,
+            class_names=list(manifest.class_names),
+        )
+        save_checkpoint(self.folder / "checkpoints", state, self.step, self.config.train.keep_checkpoints)
+
+
+def _check_folder(config: RunConfig, folder: Path) -> None:
+    stored = folder / "config.yaml"
+    if stored.is_file():
+        refuse_changes(load_config(stored), config, folder)
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run (no config.yaml); name another folder by --out")
+
+
+@contextlib.contextmanager
+def _only_process_in(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another process is training in {folder}; wait for it, or name another folder by --out"
+            ) from None
+        yield
+
+
+class _StopRequest:
+    """The signal that asked the run to stop, or 0."""
+
+    signal = 0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[_StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    stop = _StopRequest()
+
+    def note(number: int, frame: Any) -> None:
+        stop.signal = number
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

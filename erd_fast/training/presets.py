@@ -1,0 +1,44 @@
+"""Presets: named configurations, each a function whose docstring gives hardware, time and quality."""
+
+from collections.abc import Callable
+
+from erd_fast.errors import ConfigError, unknown_name
+from erd_fast.training.config import (
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+def digits() -> RunConfig:
+    """Handwritten digits, 8 x 8, class-conditional DiT. 2 CPU cores: 2 to 3 minutes, class_accuracy 0.97.
+
+    Bundled data (scikit-learn). The quality is that of the command in README.md.
+    """
+    return RunConfig(
+        train=TrainConfig(steps=420, batch_size=128, precision="fp32", log_every=20, save_every=140, sample_every=105),
+        data=DataConfig(path="digits"),
+        model=ModelConfig(name="DiT-tiny/2"),
+        diffusion=DiffusionConfig(schedule="cosine", target="eps", weighting="erd"),
+        optim=OptimConfig(lr=1e-3, ema_decay=0.99),
+        eval=EvalConfig(images=500),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"digits": digits}
+
+
+def get_preset(name: str) -> RunConfig:
+    """The configuration of preset ``name``. Raises ConfigError for an unknown one, naming the nearest."""
+    if name not in PRESETS:
+        raise ConfigError(unknown_name("preset", name, PRESETS))
+    return PRESETS[name]()
+
+
+def describe_presets() -> str:
+    """A line for each preset: name, and the first line of its docstring."""
+    return "\n".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())

@@ -1,0 +1,8 @@
+"""Triton kernels, imported as ``erd_fast.kernels`` (the folder stands at the top of the tree to be found).
+
+One op a file, named as the op. A file imports torch, triton and its siblings only, registers nothing and
+knows nothing of autograd: ``erd_fast/ops/<op>.py`` declares the op and calls in here by name at first use.
+Importing this package asks for neither triton nor a GPU; importing a file of it asks for triton.
+
+philox.py    Philox words, uniforms, normals and the order bijection: device functions for the other kernels
+"""

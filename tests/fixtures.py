@@ -1,0 +1,63 @@
+"""Small real inputs, written by ``make fixtures``: stores of each kind and a folder of images, all from the digits."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from erd_fast.data import LatentKind, LatentStore, write_store
+from erd_fast.data.importers import import_digits
+from erd_fast.files import make_folder
+from erd_fast.random import Purpose, Stream, normals
+
+
+def write_fixtures(folder: Path) -> list[Path]:
+    """Write what is not there yet into ``folder``; returns the paths."""
+    make_folder(folder)
+    makers: dict[str, Callable[[Path], Any]] = {
+        "digits": import_digits,
+        "latents-sample": functools.partial(latent_store, kind="sample"),
+        "latents-mean_std": functools.partial(latent_store, kind="mean_std"),
+        "latents-mean_logvar": functools.partial(latent_store, kind="mean_logvar"),
+        "images": _image_folder,
+    }
+    for name, make in makers.items():
+        if not (folder / name).is_dir():
+            make(folder / name)
+    return [folder / name for name in makers]
+
+
+def latent_store(path: Path, kind: LatentKind, count: int = 256, shard_size: int = 100) -> LatentStore:
+    """A store of random (4, 8, 8) latents of ``kind`` in fp16, in several shards, with scale and shift per channel."""
+    mean = normals(0, Purpose.LAB, Stream.POSTERIOR, torch.arange(count), (4, 8, 8)) * 2.0 + 1.0
+    spread = {"sample": None, "mean_std": 0.1, "mean_logvar": -4.6}[kind]
+    stored = mean if spread is None else torch.cat((mean, torch.full_like(mean, spread)), dim=1)
+    labels = torch.arange(count) % 10
+    return write_store(
+        path,
+        [(stored.half(), labels)],
+        kind=kind,
+        num_classes=10,
+        scale=(0.5,) * 4,
+        shift=(1.0,) * 4,
+        shard_size=shard_size,
+    )
+
+
+def _image_folder(path: Path) -> None:
+    """100 digits as PNG files in a folder for each class."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images[:100], digits.target[:100], strict=True)):
+        folder = make_folder(path / str(label))
+        Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).save(folder / f"{number:04d}.png")
+
+
+if __name__ == "__main__":
+    for written in write_fixtures(Path(sys.argv[1])):
+        print(written)
