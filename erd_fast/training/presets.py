@@ -20,12 +20,12 @@ def digits() -> RunConfig:
     Bundled data (scikit-learn). The quality is that of the command in README.md.
     """
     return RunConfig(
-        train=TrainConfig(steps=420, batch_size=128, precision="fp32", log_every=20, save_every=140, sample_every=105),
+        train=TrainConfig(steps=840, batch_size=64, precision="fp32", log_every=20, save_every=210, sample_every=210),
         data=DataConfig(path="digits"),
         model=ModelConfig(name="DiT-tiny/2"),
         diffusion=DiffusionConfig(schedule="cosine", target="eps", weighting="erd"),
         optim=OptimConfig(lr=1e-3, ema_decay=0.99),
-        eval=EvalConfig(images=500),
+        eval=EvalConfig(images=300, cfg_scale=1.5),
     )
 
 

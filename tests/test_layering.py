@@ -1,0 +1,106 @@
+"""Imports run downwards only: the floors of docs/design.md, checked on the source text."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "errors": 0,
+    "files": 1,
+    "random": 1,
+    "kernels": 1,
+    "data": 2,
+    "evaluation": 2,
+    "ops": 2,
+    "nn": 3,
+    "diffusion": 3,
+    "optim": 3,
+    "models": 4,
+    "sampling": 4,
+    "training": 5,
+    "report": 6,
+    "info": 6,
+    "cli": 7,
+}
+# Floors say who may stand on whom; these two stand on torch and NumPy alone, so that they can be taken without the rest.
+ONLY_BASE = {"data", "evaluation"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "math", "typing", "collections", "__future__"}
+
+
+def imports_of(file: Path) -> list[str]:
+    """Dotted names that a file imports anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room_of(dotted: str) -> str | None:
+    """``erd_fast.ops.draw`` -> ``ops``; None for what is not ours."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "erd_fast" and len(parts) > 1 else None
+
+
+def violations(file: Path, room: str) -> list[str]:
+    """Imports of ``file`` in ``room`` that go up, sideways between floors, or out of a base room."""
+    wrong = []
+    for dotted in imports_of(file):
+        other = room_of(dotted)
+        if other is None or other == room or other == "__version__":
+            continue
+        below = FLOORS.get(other, 99) < FLOORS[room]
+        if not below or (room in ONLY_BASE and FLOORS[other] > 1):
+            wrong.append(f"{file.name} ({room}, floor {FLOORS[room]}) imports {dotted}")
+    return wrong
+
+
+def package_files() -> list[tuple[Path, str]]:
+    package = ROOT / "erd_fast"
+    files = [(file, file.relative_to(package).parts[0].removesuffix(".py")) for file in package.rglob("*.py")]
+    return [(file, room) for file, room in files if room != "__init__"]
+
+
+def test_every_room_has_a_floor():
+    assert {room for _, room in package_files()} | {"kernels"} == set(FLOORS)
+
+
+def test_imports_run_downwards():
+    wrong = [line for file, room in package_files() for line in violations(file, room)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_upward_import_would_be_seen(tmp_path):
+    file = tmp_path / "draw.py"
+    file.write_text("def f():\n    from erd_fast.training.loop import train\n")
+    assert violations(file, "ops")
+    file.write_text("from erd_fast.ops import draw\n")
+    assert violations(file, "data")
+
+
+def test_kernels_import_torch_triton_and_siblings_alone():
+    for file in (ROOT / "kernels").glob("*.py"):
+        for dotted in imports_of(file):
+            assert dotted.split(".")[0] in KERNELS_MAY_IMPORT, f"{file.name} imports {dotted}"
+
+
+@pytest.mark.parametrize("module", ["erd_fast", "erd_fast.errors"])
+def test_importing_the_package_is_light(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'triton', 'tyro', 'matplotlib') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_files_stay_one_idea():
+    long = {
+        file.name: lines
+        for file, _ in package_files()
+        if (lines := len(file.read_text().splitlines())) > 450  # DESIGN: about 400 lines is two ideas
+    }
+    assert not long

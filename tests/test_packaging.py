@@ -1,0 +1,108 @@
+"""The package is whole in each of the ways it is used: wheel, editable installation, plain checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("erd_fast", "kernels", "csrc", "pyproject.toml", "README.md", "LICENSE")
+# What each installation must be able to do, from a folder that holds no sources.
+SMOKE = (
+    "import erd_fast, erd_fast.kernels, erd_fast.kernels.philox, erd_fast.cli, erd_fast.training.loop; "
+    "print(erd_fast.__version__, erd_fast.kernels.__file__)"
+)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, since building writes beside them."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(checkout))
+    (file,) = out.glob("erd_fast-*.whl")
+    return file
+
+
+def pip(*arguments: str, python: str = sys.executable) -> None:
+    run = subprocess.run([python, "-m", "pip", "--quiet", *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def run_from_root(python: str, code: str, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run([python, "-c", code], cwd="/", env=clean | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def files_of_the_tree() -> set[str]:
+    package = {str(file.relative_to(ROOT)) for file in (ROOT / "erd_fast").rglob("*.py")}
+    kernels = {f"erd_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    return package | kernels | {"erd_fast/py.typed"}
+
+
+def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == files_of_the_tree()
+
+
+def test_the_wheel_has_the_licence_and_the_command(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "erd-fast = erd_fast.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+    pip("install", "--no-deps", "--no-compile", "--target", str(tmp_path), str(wheel))
+    assert str(tmp_path / "erd_fast" / "kernels") in run_from_root(sys.executable, SMOKE, PYTHONPATH=str(tmp_path))
+
+
+def test_an_editable_installation_works_from_another_folder(checkout, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    library = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
+    # torch and the rest come from this environment; a second copy would be gigabytes.
+    (Path(library) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(checkout), python=python)
+    assert str(checkout / "kernels") in run_from_root(python, SMOKE)
+
+
+def test_a_plain_checkout_works_without_installation(checkout):
+    assert str(checkout / "kernels") in run_from_root(sys.executable, SMOKE, PYTHONPATH=str(checkout))
+
+
+def test_a_foreign_kernels_package_beside_an_installed_one_is_left_alone(wheel, tmp_path):
+    pip("install", "--no-deps", "--no-compile", "--target", str(tmp_path), str(wheel))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('the foreign one')")
+    assert str(tmp_path / "erd_fast" / "kernels") in run_from_root(sys.executable, SMOKE, PYTHONPATH=str(tmp_path))
+
+
+def test_tested_versions_satisfy_the_declared_ones():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(pinned[requirement.name]), requirement
