@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,14 @@ from erd_fast.sampling.guidance import GuidanceUnit
 from erd_fast.training.config import RunConfig, load_config
 from erd_fast.training.presets import describe_presets, get_preset
 
+_DESCRIPTION = """Train diffusion transformers on image latents with the ERD loss weighting.
+
+Options may be written with - or _. `erd-fast --version` prints the version."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
     """Name of a preset."""
     config: Path | None = None
     """YAML file whose fields replace the preset's."""
@@ -44,7 +49,7 @@ class Train:
 class Sample:
     """Draw samples from a run's newest checkpoint, or from one checkpoint."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
     """Run folder, or a folder checkpoints/step-XXXXXXXX."""
     out: Path
     """x.png: a grid; x.npz: arr_0 images (N, H, W, C) uint8 and arr_1 labels; anything else: a folder of PNGs."""
@@ -89,7 +94,7 @@ class Sample:
 class Report:
     """Write a run's report.html: one self-contained page."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
 
     def __call__(self) -> None:
@@ -122,13 +127,15 @@ def main(arguments: list[str] | None = None) -> None:
             _commands(arguments),
             args=arguments or ["--help"],
             prog="erd-fast",
-            description="Train diffusion transformers on image latents with the ERD loss weighting.",
-            use_underscores=True,
+            description=_DESCRIPTION,
         )
         command()
     except ErdFastError as error:
         print(f"erd-fast: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except BrokenPipeError:  # `erd-fast ... | head`: what reads our output has gone, so there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _commands(arguments: list[str]) -> Any:
@@ -140,7 +147,7 @@ def _commands(arguments: list[str]) -> Any:
     if "--config" in arguments[1:-1]:
         run = load_config(Path(arguments[arguments.index("--config") + 1]), run)
     subcommand = tyro.conf.subcommand
-    described = f"Train a preset, or go on training it.\n\nPresets:\n{describe_presets()}"
+    described = f"Train a preset, or go on training it.\n\nPresets:\n\n{describe_presets()}"
     return (
         Annotated[Train, subcommand("train", default=Train(preset, run=run), description=described)]
         | Annotated[Sample, subcommand("sample")]

@@ -88,12 +88,12 @@ h2 { font-size: 1.25rem; line-height: 1.3; margin: 3rem 0 1rem; } p { margin: .4
 h2, footer { padding-top: .75rem; border-top: 1px solid var(--rule); } footer { margin-top: 3rem; }
 .note, figcaption, footer { color: var(--muted); font-size: .875rem; } .note { margin: -.6rem 0 1rem; }
 .tiles, .grid, .strip { display: grid; gap: 2rem 2.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 .strip { gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .tiles { gap: .75rem; margin: 1.75rem 0 0; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: .8rem 1rem;
   background: var(--card); border-radius: 8px; }
-.tiles dt { color: var(--muted); font-size: .8125rem; line-height: 1.35; }
+.tiles dt, .metrics td:last-child, thead th { color: var(--muted); } .tiles dt { font-size: .8125rem; }
 .tiles dd { margin: 0; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 figure { margin: 0; min-width: 0; } figcaption strong { display: block; color: var(--ink); font-size: 1rem; }
 svg, img { display: block; width: 100%; height: auto; margin: .4rem 0; stroke-linejoin: round; }
@@ -102,8 +102,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; font-weight: 400; }
 tr { border-bottom: 1px solid var(--rule); } tbody th { width: 14rem; white-space: nowrap; }
 .metrics tbody th, .config th { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
-.metrics td:last-child, thead th { color: var(--muted); }
-.config { columns: 26rem 2; column-gap: 2.5rem; } .config table { break-inside: avoid; margin-bottom: 1.5rem; }
+.config { columns: 26rem 2; column-gap: 2.5rem; } .config table { break-inside: avoid; margin: 0 0 1rem; }
 @media (max-width: 600px) { body { padding: 1.5rem 1rem 2rem; } thead { display: none; }
   .metrics tr { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem; padding: .35rem 0; }
   .metrics th, .metrics td { padding: 0; }
@@ -120,8 +119,7 @@ class _Run:
     lines: list[dict[str, Any]]
     events: list[dict[str, Any]]
     metrics: dict[str, Any]
-    samples: list[tuple[int, bytes]]
-    """(step, PNG file), by step."""
+    samples: list[tuple[int, bytes]]  # (step, PNG file), by step
 
 
 def write_report(folder: Path) -> Path:
@@ -159,18 +157,19 @@ def _samples(folder: Path) -> list[tuple[int, bytes]]:
     found = []
     for path in folder.glob("step-*.png"):
         step, png = re.fullmatch(r"step-(\d+)", path.stem), path.read_bytes()
-        if step and png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]:
+        if step and png.startswith(b"\x89PNG\r\n\x1a\n") and png[-8:-4] == b"IEND":
             found.append((int(step[1]), png))
     return sorted(found)
 
 
 def _page(run: _Run) -> str:
     title = html.escape(f"{run.name} · {run.config.model.name}")
+    smoothed = "Each point is the mean of several log lines." if len(run.lines) > _MOST_POINTS else ""
     sections = [
         _header(run),
         _tiles(run),
         _section("Samples", _final_samples(run)),
-        _section("Training", _grid(_curve_chart(run, "loss"), _curve_chart(run, "grad_norm"))),
+        _section("Training", _grid(_curve_chart(run, "loss"), _curve_chart(run, "grad_norm")), smoothed),
         _section("Noise levels", _grid(_loss_by_t_chart(run), _weight_chart(run))),
         _section("Samples over training", _sample_strip(run), "The same noise and labels each time."),
         _section("Speed", _grid(_curve_chart(run, "images_per_sec"), _curve_chart(run, "data_wait_pct"))),
@@ -389,8 +388,7 @@ def _footer() -> str:
 
 def _number(value: float) -> str:
     """Four significant digits; whole numbers and large ones with their thousands separated."""
-    whole = isinstance(value, int) or 1000 <= abs(value) < 1e15
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _text(value: Any) -> str:

@@ -74,7 +74,7 @@ class ModelConfig:
     """The model. Image size, channels and classes come from the store."""
 
     name: str = "DiT-XL/2"
-    """A published size, or DiT-tiny/P."""
+    """DiT-S/2, DiT-XL/4, ...: size tiny, S, B, L or XL, and patch 1, 2, 4 or 8."""
     hidden_size: int | None = None
     """In place of the named size's; so are the next three."""
     depth: int | None = None
@@ -96,10 +96,11 @@ class DiffusionConfig:
     """Process and objective."""
 
     schedule: str = "cosine"
+    """cosine (IDDPM, 1000 steps) or flow (linear path)."""
     target: str = "eps"
     """What the model predicts: x0, eps, v, u."""
     weighting: str = "erd"
-    """Loss weighting over noise levels."""
+    """Loss weighting over noise levels: erd or constant."""
     normalize: Normalize = "mean"
     """mean: keep the average loss scale; none: as the rule gives it; max: at most 1."""
 
@@ -197,9 +198,14 @@ def refuse_changes(stored: RunConfig, given: RunConfig, folder: Path) -> None:
 
 def config_text(config: RunConfig) -> str:
     """YAML that :func:`load_config` reads."""
-    sections = dataclasses.asdict(config)
-    sections["optim"]["betas"] = list(config.optim.betas)
-    return yaml.safe_dump(sections, sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists on one line."""
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
 
 
 def load_config(path: Path, base: RunConfig | None = None) -> RunConfig:

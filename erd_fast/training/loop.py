@@ -106,6 +106,7 @@ class _Run:
         )
         self.step = TrainStep(config, model, optimizer, process, store, self.device)
         self.log = RunLog(folder)
+        self.log.last |= {"world_size": 1, "local_batch": self.step.micro_batch}
         self.speed = Speed(model_flops(model), self.device)
         self.done = 0  # steps taken
 
@@ -141,7 +142,6 @@ class _Run:
                     print(f"stopped at step {self.done}; the same command goes on from there", flush=True)
                     raise SystemExit(128 + stop.signal)
         self._judge()
-        self.log.write_metrics(world_size=1, local_batch=config.train.batch_size)
         self.log.write({"event": "end", "step": self.done})
         print(f"finished {folder} at step {self.done}", flush=True)
         return self.log.last

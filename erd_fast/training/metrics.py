@@ -36,9 +36,8 @@ class RunLog:
         if "event" not in line:
             self.last.update(line)
 
-    def write_metrics(self, **more: Any) -> None:
-        """Write ``metrics.json`` with the last value of every metric logged, and ``more``."""
-        self.last.update(more)
+    def write_metrics(self) -> None:
+        """Write ``metrics.json``: the last value of every metric logged."""
         write_json(self._metrics, self.last)
 
 

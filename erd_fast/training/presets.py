@@ -40,5 +40,5 @@ def get_preset(name: str) -> RunConfig:
 
 
 def describe_presets() -> str:
-    """A line for each preset: name, and the first line of its docstring."""
-    return "\n".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+    """A paragraph for each preset: name, and the first line of its docstring."""
+    return "\n\n".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
