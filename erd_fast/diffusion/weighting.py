@@ -41,7 +41,7 @@ def weight_table(rule: str, target: str, schedule: Schedule, normalize: Normaliz
     """w on the schedule's grid, (K,) float64.
 
     ``normalize``: ``mean`` divides by Z = mean of w over the grid, so that uniform t keeps the average loss scale (ERD
-    paper Eq. 12); ``max`` divides by the largest; ``none`` leaves w as the rule gives it.
+    paper, section 4); ``max`` divides by the largest; ``none`` leaves w as the rule gives it.
 
     Raises:
         ConfigError: unknown rule, target or normalisation.
