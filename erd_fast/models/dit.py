@@ -141,7 +141,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, _FREQUENCIES))
+        return self.mlp(timestep_embedding(t, _FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from erd_fast.ops.arguments import check_shape
+
 
 class DiffusionLoss(NamedTuple):
     """Loss of one batch. Only ``loss`` carries a gradient."""
@@ -54,8 +56,10 @@ def diffusion_loss(
             f"diffusion_loss: weight {tuple(weight.shape)} and t_index "
             f"{None if t_index is None else tuple(t_index.shape)}: allowed (K,) and (N,), or (N,) and None"
         )
-    if num_bins < 1:
-        raise ValueError(f"diffusion_loss: num_bins: given {num_bins}, allowed 1 or more")
+    check_shape("diffusion_loss", "t_index", t_index, (target.shape[0],))
+    for name, number in {"num_bins": num_bins, "batch_size": batch_size}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"diffusion_loss: {name}: given {number}, allowed 1 or more")
     return diffusion_loss_reference(prediction, target, weight, t_index, num_bins=num_bins, batch_size=batch_size)
 
 

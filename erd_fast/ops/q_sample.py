@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from erd_fast.ops.arguments import check_shape
 from erd_fast.random import Purpose, Stream, normals
 
 LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
@@ -83,6 +84,13 @@ def q_sample(
     draws = noise is None or (kind.startswith("mean_") and posterior_noise is None)
     if draws and (ids is None or seed is None):
         raise ValueError("q_sample: noise is not given, so ids and seed are needed to draw it")
+    channels = latents.shape[1] // (2 if kind.startswith("mean_") else 1)
+    for name, per_image in {"t_index": t_index, "index": index, "ids": ids, "flip": flip}.items():
+        check_shape("q_sample", name, per_image, (count,))
+    for name, per_channel in {"scale": scale, "shift": shift}.items():
+        check_shape("q_sample", name, per_channel, (channels,))
+    for name, normal in {"noise": noise, "posterior_noise": posterior_noise}.items():
+        check_shape("q_sample", name, normal, (count, channels, *latents.shape[2:]))
     return q_sample_reference(
         latents,
         coefficients,
