@@ -122,13 +122,18 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(f"erd-fast {erd_fast.__version__}")
         return
+    split = (word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments)
+    arguments = [part for parts in split for part in parts]
     try:
+        default = _train_default(arguments)
         command: Any = tyro.cli(
-            _commands(arguments),
+            _commands(default),
             args=arguments or ["--help"],
             prog="erd-fast",
             description=_DESCRIPTION,
         )
+        if isinstance(command, Train) and (command.preset, command.config) != (default.preset, default.config):
+            raise ConfigError(f"train: name the preset first and --config once: erd-fast train {command.preset} ...")
         command()
     except ErdFastError as error:
         print(f"erd-fast: error: {error}", file=sys.stderr)
@@ -138,18 +143,24 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _commands(arguments: list[str]) -> Any:
-    """The subcommands; ``train`` has the defaults of the preset and the YAML file that the arguments name."""
+def _train_default(arguments: list[str]) -> Train:
+    """``train`` as the preset and the YAML file that the arguments name make it."""
     preset = "digits"
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         preset = arguments[1]
     run = get_preset(preset)
-    if "--config" in arguments[1:-1]:
-        run = load_config(Path(arguments[arguments.index("--config") + 1]), run)
+    if "--config" not in arguments[1:-1]:
+        return Train(preset, run=run)
+    file = Path(arguments[arguments.index("--config") + 1])
+    return Train(preset, file, run=load_config(file, run))
+
+
+def _commands(default: Train) -> Any:
+    """The subcommands."""
     subcommand = tyro.conf.subcommand
     described = f"Train a preset, or go on training it.\n\nPresets:\n\n{describe_presets()}"
     return (
-        Annotated[Train, subcommand("train", default=Train(preset, run=run), description=described)]
+        Annotated[Train, subcommand("train", default=default, description=described)]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Info, subcommand("info")]

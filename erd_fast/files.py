@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from erd_fast.errors import DataError, RunError
 
 
@@ -78,8 +80,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             _sync(path.parent)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

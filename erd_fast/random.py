@@ -118,7 +118,7 @@ def uniforms(seed: int, purpose: Purpose, stream: Stream, g: Tensor, shape: tupl
 
 
 def unit_interval(word: Tensor) -> Tensor:
-    """u = (word + 1/2) * 2**-32 in float32, rounded once: in [2**-33, 1], never zero."""
+    """u = (word + 1/2) * 2**-32 in float32, the word and then the sum rounded: in [2**-33, 1], never zero."""
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
@@ -182,7 +182,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """float32 a * b + c with one rounding, as the fma instruction does: the float64 product of two float32 is exact."""
+    """float32 a * b + c as an fma gives it, but for rare ties: the float64 product is exact, its sum is not."""
     b64 = b.double() if isinstance(b, Tensor) else b
     c64 = c.double() if isinstance(c, Tensor) else c
     return (a.double() * b64 + c64).float()

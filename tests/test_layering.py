@@ -26,7 +26,7 @@ FLOORS = {
     "info": 6,
     "cli": 7,
 }
-# Floors say who may stand on whom; these two stand on torch and NumPy alone, so that they can be taken without the rest.
+# These two stand on torch and NumPy alone, so that they can be taken without the rest.
 ONLY_BASE = {"data", "evaluation"}
 KERNELS_MAY_IMPORT = {"torch", "triton", "math", "typing", "collections", "__future__"}
 

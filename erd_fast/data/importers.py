@@ -38,4 +38,10 @@ def open_dataset(path: str, verify: bool | None = None) -> LatentStore:
     if path not in BUNDLED:
         raise DataError(f"data.path: {path} is no folder, and {unknown_name('bundled data set', path, BUNDLED)}")
     cached = cache_dir() / "stores" / path
-    return LatentStore(cached, verify) if cached.is_dir() else BUNDLED[path](cached)
+    if not cached.is_dir():
+        try:
+            return BUNDLED[path](cached)
+        except DataError:
+            if not cached.is_dir():  # else another process imported it meanwhile
+                raise
+    return LatentStore(cached, verify)

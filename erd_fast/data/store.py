@@ -253,9 +253,9 @@ def _read_manifest(path: Path) -> Manifest:
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
         manifest = Manifest(**values, shards=shards)
-    except TypeError as error:
+        _check_manifest(manifest, file)
+    except TypeError as error:  # a value of another type than its field
         raise DataError(f"{file}: {error}") from error
-    _check_manifest(manifest, file)
     return manifest
 
 
@@ -292,12 +292,12 @@ def _map_tensor(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Te
             header = json.loads(stream.read(length))
         entry = header[name]
         found, stored, (begin, end) = tuple(entry["shape"]), _STORED_NAMES.get(entry["dtype"]), entry["data_offsets"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError) as error:
+        if found != shape or stored != dtype:
+            raise DataError(f"{file}: {name}: given {entry['dtype']} {found}, the manifest says {dtype} {shape}")
+        # Mode "c" maps privately: torch wants memory it may write to, and nothing may reach the file.
+        array = np.memmap(file, _NUMPY_TYPES[dtype], mode="c", offset=8 + length + begin, shape=shape)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, OverflowError) as error:
         raise DataError(f"{file} has no readable tensor {name!r}: the shard was altered ({error!r})") from error
-    if found != shape or stored != dtype:
-        raise DataError(f"{file}: {name}: given {entry['dtype']} {found}, the manifest says {dtype} {shape}")
-    # Mode "c" maps privately: torch wants memory it may write to, and nothing may reach the file.
-    array = np.memmap(file, _NUMPY_TYPES[dtype], mode="c", offset=8 + length + begin, shape=shape)
     if array.nbytes != end - begin:
         raise DataError(f"{file}: {name}: {end - begin} bytes for {dtype} {shape}: the shard was altered")
     tensor = torch.from_numpy(array)

@@ -110,7 +110,7 @@ class ContinuousSchedule(Schedule):
 
     def alpha_sigma(self, t):  # type: ignore[no-untyped-def]  # the overloads of the base class
         t = t.double() if isinstance(t, Tensor) else np.asarray(t, dtype=np.float64)
-        if (t < 0).any() or (t > 1).any():
+        if not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"schedule {self.name}: t: allowed 0 to 1")
         return self._formula(t)
 

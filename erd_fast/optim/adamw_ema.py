@@ -52,11 +52,15 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Clip, AdamW, average. Parameters without a gradient are left alone, and so is their average."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         self._clip(groups)
         # torch.optim fills an empty state at its first step, so the average joins it only afterwards.
         before = {p: p.clone() for _, params in groups for p in params if p not in self.state}
-        loss = super().step(closure)
+        super().step()
         for group, params in groups:
             for parameter in params:
                 if parameter in before:

@@ -56,6 +56,7 @@ def heun(
         raise ConfigError(f"cfg_scale: given {cfg_scale}; the model was trained without label dropout; allowed 1")
 
     times, ratios = noise_levels(schedule, steps)
+    time_dtype = torch.promote_types(noise.dtype, torch.float32)  # bfloat16 holds no index beyond 256 exactly
     total = float(len(schedule)) if schedule.discrete else 1.0
 
     def denoise(x: Tensor, level: int, step: int) -> Tensor:
@@ -63,7 +64,7 @@ def heun(
         alpha, sigma = (float(value) for value in schedule.alpha_sigma(times[level]))
         acts = guidance_interval is None or guidance_interval.holds(time=time, total=total, sigma=ratio, step=step)
         x_t = alpha * x
-        t = torch.full((len(x),), time, dtype=noise.dtype, device=noise.device)
+        t = torch.full((len(x),), time, dtype=time_dtype, device=noise.device)
         if labels is None:
             prediction = model(x_t.to(noise.dtype), t, None)
         else:

@@ -122,7 +122,8 @@ def _training_tensors(step: TrainStep) -> dict[str, Tensor]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -154,6 +154,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least("eval", self, every=0, images=0, sampler_steps=1)
+        _allow("eval.images", self.images, self.images != 1, "0, or 2 or more: one has no covariance")
         _allow("eval.cfg_scale", self.cfg_scale, self.cfg_scale >= 0, "0 or more")
 
 
@@ -271,4 +272,4 @@ def _at_least(section: str, config: Any, **limits: float) -> None:
 
 def _one_of(field: str, given: str, allowed: Any) -> None:
     if given not in allowed:
-        raise ConfigError(f"{field}: {unknown_name('name', given, allowed)}")
+        raise ConfigError(f"{field}: {unknown_name('name', str(given), allowed)}")

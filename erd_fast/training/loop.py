@@ -37,11 +37,11 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
         RunError: no permission, another process trains in the folder, or the loss is not finite.
     """
     _check_folder(config, folder)
-    store = open_store(config)
+    run = _Run(config, folder, open_store(config))  # before anything is written: sizes may not be allowed
     make_folder(folder)
     with _only_process_in(folder), _stop_requests() as stop:
         write_text(folder / "config.yaml", config_text(config))
-        return _Run(config, folder, store).go(stop)
+        return run.go(stop)
 
 
 def open_store(config: RunConfig) -> LatentStore:

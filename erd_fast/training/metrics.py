@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from erd_fast.errors import RunError
-from erd_fast.files import write_json, write_text
+from erd_fast.files import read_json, write_json, write_text
 
 # Dense bf16 matrix peak of the datasheets, TFLOP/s. No entry, no mfu.
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
@@ -19,7 +19,7 @@ class RunLog:
 
     def __init__(self, folder: Path):
         self._file, self._metrics = folder / "log.jsonl", folder / "metrics.json"
-        self.last: dict[str, Any] = json.loads(self._metrics.read_text()) if self._metrics.is_file() else {}
+        self.last: dict[str, Any] = read_json(self._metrics) if self._metrics.is_file() else {}
 
     def cut_back(self, step: int) -> None:
         """Drop what a run that went further than its checkpoint logged after ``step``, and a half-written last line."""

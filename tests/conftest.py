@@ -1,0 +1,98 @@
+"""What tests of several areas share: a cache folder of their own, and a run that trains in a fraction of a second."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erd_fast.data import LatentStore, open_dataset
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.models import create_model
+from erd_fast.optim import AdamWEMA
+from erd_fast.training.config import (
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from erd_fast.training.loop import model_arguments, train
+from erd_fast.training.step import TrainStep
+
+TINY = RunConfig(
+    train=TrainConfig(steps=6, batch_size=16, precision="fp32", log_every=1, save_every=0, sample_every=0),
+    data=DataConfig("digits", "resident"),
+    model=ModelConfig("DiT-tiny/2", hidden_size=32, depth=1, num_heads=1),
+    diffusion=DiffusionConfig(),
+    optim=OptimConfig(lr=1e-3, ema_decay=0.9),
+    eval=EvalConfig(images=0, sampler_steps=2),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """ERD_FAST_CACHE: one folder for the session, shared by its worker processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "erd-fast-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERD_FAST_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def digits(cache: Path) -> LatentStore:
+    return open_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., RunConfig]:
+    """``tiny(train={"steps": 3}, ...)``: the tiny run with these fields in place of its own."""
+
+    def make(**sections: dict[str, Any]) -> RunConfig:
+        changed = {name: dataclasses.replace(getattr(TINY, name), **fields) for name, fields in sections.items()}
+        return dataclasses.replace(TINY, **changed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def training_lines() -> Callable[[Path], list[dict[str, Any]]]:
+    """``training_lines(folder)``: what a run logged of its training, less the times."""
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        names = ("step", "images", "loss", "grad_norm", "loss_by_t", "lr")
+        return [{name: line[name] for name in names} for line in lines if "loss" in line]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> Path:
+    """Folder of a finished run of 40 steps, long enough for labels to matter; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny(train={"steps": 40}, optim={"lr": 1e-2}), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
+    """``make_step(config, store=digits)``: a training step at its start, on the CPU."""
+
+    def make(config: RunConfig, store: LatentStore = digits) -> TrainStep:
+        model = create_model(**model_arguments(config, store), seed=config.train.seed)
+        optim, objective, device = config.optim, config.diffusion, torch.device("cpu")
+        optimizer = AdamWEMA(model.parameters(), lr=optim.lr, ema_decay=optim.ema_decay, grad_clip=optim.grad_clip)
+        process = DiffusionProcess(
+            get_schedule(objective.schedule), objective.target, objective.weighting, objective.normalize, device
+        )
+        return TrainStep(config, model, optimizer, process, store, device)
+
+    return make

@@ -1,0 +1,129 @@
+"""draw: the integer decisions of a batch."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from erd_fast.ops import Draw, draw
+from erd_fast.random import Purpose, Stream, sample_order, words
+
+HOW = {"seed": 0xFEDCBA9876543210, "dataset_size": 37, "num_timesteps": 1000, "label_drop": 0.1}
+RARE = 1e-6  # chance that a right generator exceeds a bound below
+
+
+def _draw(counter: int, batch_size: int, **how) -> Draw:
+    return draw(torch.tensor(counter), batch_size=batch_size, **{**HOW, **how})
+
+
+def _many(count: int, **how) -> Draw:
+    """Statistics need many images; 64^2 samples fill the order's network, so none of them walks."""
+    return _draw(0, count, dataset_size=4096, **how)
+
+
+def _same(one: Draw, other: Draw) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("counter", [0, 1000, (1 << 32) - 20, 1 << 61])
+def test_decisions_are_the_documented_bits_of_the_words(counter):
+    found = _draw(counter, 40, offset=3)
+    ids = counter + 3 + torch.arange(40)
+    block = words(HOW["seed"], Purpose.TRAIN, Stream.SCALARS, ids, torch.tensor([0]))[:, 0].tolist()
+    assert torch.equal(found.ids, ids)
+    assert torch.equal(found.sample_index, sample_order(HOW["seed"], ids, 37))
+    assert found.t_index.tolist() == [w0 * 1000 >> 32 for w0, _, _, _ in block]
+    assert found.label_drop.tolist() == [w1 / 2**32 < 0.1 for _, w1, _, _ in block]
+    assert found.flip.tolist() == [w2 >= 1 << 31 for _, _, w2, _ in block]
+
+
+@pytest.mark.parametrize("cuts", [(100,), (1, 99), (37, 40, 23), (25,) * 4])
+def test_any_split_over_ranks_and_micro_batches_is_the_same_batch(cuts):
+    whole = _draw(500, 100)
+    starts = [sum(cuts[:number]) for number in range(len(cuts))]
+    by_offset = [_draw(500, size, offset=start) for start, size in zip(starts, cuts, strict=True)]
+    by_counter = [_draw(500 + start, size) for start, size in zip(starts, cuts, strict=True)]
+    for parts in (by_offset, by_counter):
+        assert _same(Draw(*(torch.cat(field) for field in zip(*parts, strict=True))), whole)
+
+
+def test_purposes_and_seeds_decide_apart():
+    one, other, seeded = _many(1000), _many(1000, purpose=Purpose.EVAL), _many(1000, seed=1)
+    for apart in (other, seeded):
+        # Independent t of 1000 values agree at Poisson(1) places; coins at Binomial(1000, 1/2).
+        assert (one.t_index == apart.t_index).sum() <= scipy.stats.poisson.isf(RARE, 1)
+        assert abs((one.flip == apart.flip).sum() - 500) <= scipy.stats.norm.isf(RARE / 2) * math.sqrt(250)
+
+
+def test_the_counter_is_left_as_it_was():
+    counter = torch.tensor(7)
+    found = draw(counter, batch_size=2, **HOW)
+    found.ids.add_(1)
+    assert counter.item() == 7
+
+
+def test_label_drop_zero_and_one_are_exact():
+    assert not _many(20_000, label_drop=0.0).label_drop.any()
+    assert _many(20_000, label_drop=1.0).label_drop.all()
+
+
+def test_label_drop_is_exact_to_one_word():
+    word = words(HOW["seed"], Purpose.TRAIN, Stream.SCALARS, torch.tensor([0]), torch.tensor([0]))[0, 0, 1].item()
+    assert not _draw(0, 1, label_drop=word / 2**32).label_drop.item()  # below the word: not
+    assert _draw(0, 1, label_drop=(word + 1) / 2**32).label_drop.item()
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_labels_drop_at_the_frequency_asked(probability):
+    dropped = _many(20_000, label_drop=probability).label_drop.sum().item()
+    assert scipy.stats.binomtest(dropped, 20_000, probability).pvalue >= RARE
+
+
+def test_decisions_of_an_image_are_independent():
+    found = _many(20_000, label_drop=0.5)
+    coins = {"t": found.t_index >= 500, "drop": found.label_drop, "flip": found.flip}
+    assert scipy.stats.binomtest(found.flip.sum().item(), 20_000, 0.5).pvalue >= RARE
+    for one, other in (("t", "drop"), ("t", "flip"), ("drop", "flip")):
+        agreed = (coins[one] == coins[other]).sum().item()
+        assert scipy.stats.binomtest(agreed, 20_000, 0.5).pvalue >= RARE, (one, other)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 7, 1000])
+def test_timesteps_are_in_range_and_uniform(num_timesteps):
+    found = _many(50_000, num_timesteps=num_timesteps).t_index
+    counts = found.bincount(minlength=num_timesteps)
+    assert found.min() == 0 and found.max() == num_timesteps - 1
+    if num_timesteps > 1:
+        assert scipy.stats.chisquare(counts.numpy()).pvalue >= RARE
+
+
+def test_timesteps_of_the_largest_grid_do_not_overflow():
+    found = _many(1000, num_timesteps=1 << 31).t_index.double() / 2**31
+    assert scipy.stats.kstest(found.numpy(), "uniform").pvalue >= RARE
+
+
+def test_each_sample_appears_once_an_epoch():
+    first, second = _draw(0, 74).sample_index.split(37)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(37))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"counter": torch.tensor([0])}, r"counter: given torch.int64 \(1,\), allowed an int64 scalar"),
+        ({"counter": torch.tensor(0.0)}, r"counter: given torch.float32 \(\)"),
+        ({"batch_size": 0}, "batch_size: given 0, allowed 1 or more"),
+        ({"num_timesteps": 0}, "num_timesteps: given 0, allowed 1 to"),
+        ({"num_timesteps": (1 << 31) + 1}, "num_timesteps: given 2147483649"),
+        ({"label_drop": -0.1}, "label_drop: given -0.1, allowed 0 to 1"),
+        ({"label_drop": 1.5}, "label_drop: given 1.5"),
+        ({"label_drop": float("nan")}, "label_drop: given nan"),
+        ({"dataset_size": 0}, "dataset_size: given 0"),
+        ({"seed": -1}, "seed: given -1"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**{"counter": torch.tensor(0), "batch_size": 4, **HOW, **wrong})
