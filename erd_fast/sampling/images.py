@@ -17,7 +17,7 @@ from erd_fast.sampling.heun import heun
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = (".png", ".npz")
-_SMALLEST_TILE = 32  # pixels; smaller images are enlarged, so that a grid of 8 x 8 digits can be seen
+_SMALLEST_TILE = 64  # pixels; smaller images are enlarged, so that a grid of 8 x 8 digits can be seen
 
 
 def generate(
@@ -52,8 +52,7 @@ def to_pixels(x: Tensor) -> Pixels:
 
 
 def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
-    """One picture of uint8 NHWC images in rows, each enlarged by whole numbers (nearest neighbour) to 32 pixels or
-    more."""
+    """One picture of uint8 NHWC images in rows, each enlarged (nearest neighbour, whole factor) to 64 pixels or more."""
     count, height, width, channels = pixels.shape
     factor = max(1, -(-_SMALLEST_TILE // max(height, width)))
     tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -15,15 +15,15 @@ from erd_fast.training.config import (
 
 
 def digits() -> RunConfig:
-    """Handwritten digits, 8 x 8, class-conditional DiT. 2 CPU cores: 2 to 3 minutes, class_accuracy 0.97.
+    """Handwritten digits, 8 x 8, class-conditional DiT. 2 CPU cores: 2 to 3 minutes, class_accuracy 0.99.
 
     Bundled data (scikit-learn). The quality is that of the command in README.md.
     """
     return RunConfig(
-        train=TrainConfig(steps=840, batch_size=64, precision="fp32", log_every=20, save_every=210, sample_every=210),
+        train=TrainConfig(steps=640, batch_size=64, precision="fp32", log_every=20, save_every=160, sample_every=160),
         data=DataConfig(path="digits"),
         model=ModelConfig(name="DiT-tiny/2"),
-        diffusion=DiffusionConfig(schedule="cosine", target="eps", weighting="erd"),
+        diffusion=DiffusionConfig(schedule="cosine", target="v", weighting="erd"),
         optim=OptimConfig(lr=1e-3, ema_decay=0.99),
         eval=EvalConfig(images=300, cfg_scale=1.5),
     )
