@@ -118,23 +118,11 @@ class Info:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``erd-fast``. Mistakes end with one message and exit status 2 (configuration) or 1."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
-        print(f"erd-fast {erd_fast.__version__}")
-        return
-    split = (word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments)
-    arguments = [part for parts in split for part in parts]
     try:
-        default = _train_default(arguments)
-        command: Any = tyro.cli(
-            _commands(default),
-            args=arguments or ["--help"],
-            prog="erd-fast",
-            description=_DESCRIPTION,
-        )
-        if isinstance(command, Train) and (command.preset, command.config) != (default.preset, default.config):
-            raise ConfigError(f"train: name the preset first and --config once: erd-fast train {command.preset} ...")
-        command()
+        try:
+            _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except ErdFastError as error:
         print(f"erd-fast: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
@@ -143,12 +131,29 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
+def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"erd-fast {erd_fast.__version__}")
+        return
+    split = (word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments)
+    arguments = [part for parts in split for part in parts]
+    default = _train_default(arguments)
+    command: Any = tyro.cli(
+        _commands(default),
+        args=arguments or ["--help"],
+        prog="erd-fast",
+        description=_DESCRIPTION,
+    )
+    if isinstance(command, Train) and (command.preset, command.config) != (default.preset, default.config):
+        raise ConfigError(f"train: name the preset first and --config once: erd-fast train {command.preset} ...")
+    command()
+
+
 def _train_default(arguments: list[str]) -> Train:
     """``train`` as the preset and the YAML file that the arguments name make it."""
-    preset = "digits"
+    preset, run = tyro.MISSING, get_preset("digits")  # unless one is named: --help shows somebody's defaults
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        preset = arguments[1]
-    run = get_preset(preset)
+        preset, run = arguments[1], get_preset(arguments[1])
     if "--config" not in arguments[1:-1]:
         return Train(preset, run=run)
     file = Path(arguments[arguments.index("--config") + 1])

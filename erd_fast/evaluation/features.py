@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from erd_fast.evaluation.metrics import frechet_distance, mean_and_covariance
-from erd_fast.files import cache_dir, make_folder
+from erd_fast.files import cache_dir, make_folder, write_bytes
 
 _EPOCH_IMAGES = 1797 * 30  # images shown in training the judge, whatever the size of the data set
 _BATCH = 64
@@ -79,7 +79,7 @@ def get_judge(images: Tensor, labels: Tensor, num_classes: int, fingerprint: str
     if accuracy is None:
         accuracy = _train(classifier, images, labels)
         make_folder(path.parent)
-        save_file(classifier.state_dict(), path, metadata={"holdout_accuracy": repr(accuracy)})
+        write_bytes(path, save(classifier.state_dict(), metadata={"holdout_accuracy": repr(accuracy)}))
     classifier.eval()
     with torch.no_grad():
         real = mean_and_covariance(_in_batches(classifier.features, images).double().numpy())

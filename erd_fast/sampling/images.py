@@ -52,7 +52,7 @@ def to_pixels(x: Tensor) -> Pixels:
 
 
 def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
-    """One picture of uint8 NHWC images in rows, each enlarged (nearest neighbour, whole factor) to 64 pixels or more."""
+    """One picture of uint8 NHWC images in rows, enlarged (nearest neighbour, whole factor) to 64 pixels or more."""
     count, height, width, channels = pixels.shape
     factor = max(1, -(-_SMALLEST_TILE // max(height, width)))
     tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

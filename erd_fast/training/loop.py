@@ -40,7 +40,6 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     run = _Run(config, folder, open_store(config))  # before anything is written: sizes may not be allowed
     make_folder(folder)
     with _only_process_in(folder), _stop_requests() as stop:
-        write_text(folder / "config.yaml", config_text(config))
         return run.go(stop)
 
 
@@ -49,6 +48,8 @@ def open_store(config: RunConfig) -> LatentStore:
     if not config.data.path:
         raise ConfigError("data.path: not given, allowed the folder of a latent store or a bundled data set (digits)")
     store = open_dataset(config.data.path)
+    if not store.manifest.num_classes and config.eval.cfg_scale != 1:
+        raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")
     _, height, width = store.manifest.shape
     if height != width:
         raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
@@ -106,7 +107,7 @@ class _Run:
         )
         self.step = TrainStep(config, model, optimizer, process, store, self.device)
         self.log = RunLog(folder)
-        self.log.last |= {"world_size": 1, "local_batch": self.step.micro_batch}
+        self.log.last |= {"world_size": 1, "local_batch": config.train.batch_size}
         self.speed = Speed(model_flops(model), self.device)
         self.done = 0  # steps taken
 
@@ -114,6 +115,7 @@ class _Run:
         config, folder = self.config, self.folder
         if not self._resume():
             return self.log.last
+        write_text(folder / "config.yaml", config_text(config))
         reader = open_reader(self.store, config.data.loader, self.device)
         print(self._headline(reader.name), flush=True)
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))

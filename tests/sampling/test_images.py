@@ -74,7 +74,7 @@ def test_pixels_have_channels_last(dtype):
     assert found.shape == (1, 2, 3, 3) and (found == np.array([0, 128, 255])).all()
 
 
-# Images of 8 pixels are enlarged 8 times to reach 64, of 20 four times; 80 stay as they are, and the longer side counts.
+# 8 pixels are enlarged 8 times to reach 64, of 20 four times; 80 stay as they are, and the longer side counts.
 @pytest.mark.parametrize(
     ("height", "width", "factor"), [(8, 8, 8), (20, 20, 4), (63, 63, 2), (64, 64, 1), (80, 80, 1), (4, 16, 4)]
 )

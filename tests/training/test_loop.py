@@ -1,0 +1,446 @@
+"""loop: the same run however often it is stopped, and what it refuses."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from erd_fast.data import write_store
+from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.training import loop
+from erd_fast.training.config import config_text, load_config
+from erd_fast.training.loop import describe, train
+from erd_fast.training.step import TrainStep, learning_rate
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """``at_step(n, act)``: call ``act`` within the n-th training step from now on."""
+
+    def patch(number: int, act) -> None:
+        call, taken = TrainStep.__call__, []
+
+        def counted(self, batches):
+            taken.append(None)
+            if len(taken) == number:
+                act()
+            return call(self, batches)
+
+        monkeypatch.setattr(TrainStep, "__call__", counted)
+
+    return patch
+
+
+def _terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing of it acts on this."""
+
+
+def _kill() -> None:
+    raise Killed
+
+
+def _events(folder: Path) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["event"], line["step"]) for line in lines if "event" in line]
+
+
+def _checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def _same_weights(one: Path, other: Path, step: int) -> bool:
+    names = [path / "checkpoints" / f"step-{step:08d}" for path in (one, other)]
+    for file in ("model.safetensors", "ema.safetensors", "training.safetensors"):
+        first, second = (load_file(name / file) for name in names)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
+            return False
+    return True
+
+
+def test_a_seed_is_a_run_bit_for_bit(tmp_path, tiny, training_lines):
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train(tiny(train={"seed": seed}), tmp_path / name)
+    one, two, other = (training_lines(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two and _same_weights(tmp_path / "one", tmp_path / "two", 6)
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6]
+    assert all(a["loss"] != b["loss"] for a, b in zip(one, other, strict=True))
+
+
+def test_the_optimizer_has_the_learning_rate_that_is_logged(tmp_path, tiny, monkeypatch, training_lines):
+    config = tiny(optim={"warmup": 2, "schedule": "cosine"})
+    used, call = [], TrainStep.__call__
+
+    def noted(self, batches):
+        used.append(self.optimizer.param_groups[0]["lr"])
+        return call(self, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    train(config, tmp_path / "run")
+    logged = [line["lr"] for line in training_lines(tmp_path / "run")]
+    assert used == logged == [learning_rate(config, step) for step in range(6)]
+
+
+def test_readers_give_the_same_run_bit_for_bit(tmp_path, tiny, training_lines):
+    for loader in ("resident", "mmap"):
+        train(tiny(data={"loader": loader}), tmp_path / loader)
+    assert training_lines(tmp_path / "resident") == training_lines(tmp_path / "mmap")
+    assert _same_weights(tmp_path / "resident", tmp_path / "mmap", 6)
+
+
+def test_lines_of_longer_intervals_are_means_of_those_of_every_step(tmp_path, tiny, training_lines):
+    train(tiny(), tmp_path / "each")
+    train(tiny(train={"log_every": 4}), tmp_path / "four")
+    each, four = training_lines(tmp_path / "each"), training_lines(tmp_path / "four")
+    assert [line["step"] for line in four] == [4, 6]  # the last step is logged in any case
+    losses = [line["loss"] for line in each]
+    assert [line["loss"] for line in four] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-12)
+    assert [line["grad_norm"] for line in four] == [each[3]["grad_norm"], each[5]["grad_norm"]]
+
+
+@pytest.mark.parametrize(("log_every", "stop"), [(1, 1), (1, 5), (4, 3), (4, 4), (4, 5), (4, 11)])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny, training_lines, at_step, capsys, log_every, stop):
+    config = tiny(train={"steps": 12, "log_every": log_every}, optim={"warmup": 6, "schedule": "cosine"})
+    train(config, tmp_path / "whole")
+    at_step(stop, _terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, tmp_path / "parts")
+    assert stopped.value.code == 143
+    assert _checkpoints(tmp_path / "parts") == [stop]
+    assert f"stopped at step {stop}; the same command goes on from there" in capsys.readouterr().out
+    train(config, tmp_path / "parts")
+    assert f"resuming at step {stop}\n" in capsys.readouterr().out
+    assert _events(tmp_path / "parts") == [("resume", stop), ("end", 12)]
+    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
+    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 12)
+
+
+@pytest.mark.parametrize("kill", [3, 5, 8, 10])
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, training_lines, at_step, kill):
+    config = tiny(train={"steps": 11, "save_every": 4})
+    train(config, tmp_path / "whole")
+    at_step(kill, _kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "parts")
+    left = tmp_path / "parts" / "checkpoints" / ".step-00000012.x.partial"
+    left.mkdir(parents=True)
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    begin = (kill - 1) // 4 * 4
+    at_step(1, lambda: seen.append((tmp_path / "parts" / "log.jsonl").read_text()))
+    seen: list[str] = []
+    train(config, tmp_path / "parts")
+    assert not left.exists()
+    assert [json.loads(line)["step"] for line in seen[0].splitlines()] == [*range(1, begin + 1), *[begin] * (begin > 0)]
+    assert _events(tmp_path / "parts") == [("resume", begin)] * (begin > 0) + [("end", 11)]
+    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
+    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 11)
+
+
+def _start(folder: Path, config: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "erd_fast.cli", "train", "digits", "--config", config, "--out", folder]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+
+def _read_to(process: "subprocess.Popen[str]", step: int) -> str:
+    """What the process prints up to the line of ``step`` or a later one."""
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+            return text
+    pytest.fail(f"ended before step {step}: {text}{process.stderr.read()}")
+
+
+def test_a_process_that_is_terminated_and_then_killed_goes_on_bit_for_bit(tmp_path, tiny, training_lines, digits):
+    endless = tiny(train={"steps": 10**6, "save_every": 7})
+    (tmp_path / "endless.yaml").write_text(config_text(endless))
+    folder = tmp_path / "parts"
+
+    first = _start(folder, tmp_path / "endless.yaml")
+    _read_to(first, 5)
+    first.send_signal(signal.SIGTERM)
+    out, error = first.communicate(timeout=60)
+    assert first.returncode == 143 and error == ""
+    stopped = max(_checkpoints(folder))
+    assert f"stopped at step {stopped};" in out
+    assert training_lines(folder)[-1]["step"] == stopped >= 5
+
+    second = _start(folder, tmp_path / "endless.yaml")
+    assert f"resuming at step {stopped}\n" in _read_to(second, stopped + 10)
+    time.sleep(0.03)  # anywhere: in a step, in a save
+    second.kill()
+    second.communicate(timeout=60)
+    assert second.returncode == -signal.SIGKILL
+    killed = max(_checkpoints_whole(folder))
+    assert killed > stopped
+
+    steps = killed + 9
+    train(tiny(train={"steps": steps}), folder)
+    train(tiny(train={"steps": steps}), tmp_path / "whole")
+    assert _events(folder) == [("resume", stopped), ("resume", killed), ("end", steps)]
+    assert training_lines(folder) == training_lines(tmp_path / "whole")
+    assert _same_weights(folder, tmp_path / "whole", steps)
+
+
+def _checkpoints_whole(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")]
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(tmp_path, tiny, capsys):
+    result = train(tiny(), tmp_path / "run")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    for steps in (6, 4):
+        assert train(tiny(train={"steps": steps}), tmp_path / "run") == result
+        said = f"{tmp_path / 'run'} is finished: step 6 of {steps}; raise --train.steps to go on\n"
+        assert capsys.readouterr().out == said
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+    assert _checkpoints(tmp_path / "run") == [6]
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path, tiny, training_lines):
+    train(tiny(), tmp_path / "parts")
+    for steps in (9, 12):
+        train(tiny(train={"steps": steps}), tmp_path / "parts")
+    train(tiny(train={"steps": 12}), tmp_path / "whole")
+    assert _events(tmp_path / "parts") == [("end", 6), ("resume", 6), ("end", 9), ("resume", 9), ("end", 12)]
+    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
+    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 12)
+
+
+def test_a_run_goes_on_with_other_micro_batches_reader_and_place_of_the_data(
+    tmp_path, tiny, digits, training_lines, at_step
+):
+    shutil.copytree(digits.path, tmp_path / "copy")
+    at_step(5, _terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(train={"steps": 12}), tmp_path / "parts")
+    changed = tiny(train={"steps": 12, "micro_batch": 4}, data={"path": str(tmp_path / "copy"), "loader": "mmap"})
+    train(changed, tmp_path / "parts")
+    train(tiny(train={"steps": 12}), tmp_path / "whole")
+    parts, whole = training_lines(tmp_path / "parts"), training_lines(tmp_path / "whole")
+    assert parts[:5] == whole[:5]
+    rounding = 2**-23 * math.sqrt(16 * 64)  # of a mean over as many terms, summed in another order
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=rounding)
+    assert load_config(tmp_path / "parts" / "config.yaml") == changed
+
+
+def test_other_data_are_refused(tmp_path, tiny, digits, at_step):
+    at_step(2, _terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(), tmp_path / "run")
+    pixels = digits.gather(torch.arange(len(digits))).clone()
+    pixels[1796, 0, 7, 7] ^= 1
+    other = write_store(tmp_path / "other", [(pixels, digits.labels)], kind="pixels", num_classes=10)
+    with pytest.raises(RunError) as refused:
+        train(tiny(data={"path": str(other.path)}), tmp_path / "run")
+    assert digits.fingerprint in str(refused.value) and other.fingerprint in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "ema.safetensors", "training.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path, trained, tiny, name):
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000040" / name
+    os.truncate(file, 50)
+    with pytest.raises(DataError, match=str(file)):
+        train(tiny(train={"steps": 41}, optim={"lr": 1e-2}), tmp_path / "run")
+
+
+def test_another_configuration_is_refused_and_the_run_kept(trained, tiny):
+    before = (trained / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"optim.lr: the run has 0.01, given 0.5.*another folder by --out"):
+        train(tiny(train={"steps": 50}, optim={"lr": 0.5}), trained)
+    assert (trained / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, tiny):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=f"{tmp_path} is not empty and holds no run"):
+        train(tiny(), tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path, tiny):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"cannot create the folder {tmp_path}/file/run: Not a directory"):
+        train(tiny(), tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path, tiny):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(RunError, match=r"no permission to write|cannot create the folder"):
+            train(tiny(), tmp_path)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_one_process_trains_in_a_folder(tmp_path, tiny):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=f"another process is training in {tmp_path}"):
+            train(tiny(), tmp_path)
+    train(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"hidden_size": 33}}, "hidden_size: given 33"),
+        ({"model": {"patch_size": 3}}, "patch_size"),
+        ({"data": {"path": ""}}, "data.path: not given"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, tiny, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_not_square_are_refused(tmp_path, tiny):
+    store = write_store(tmp_path / "s", [(torch.zeros(2, 1, 4, 8), torch.zeros(2))], kind="sample", num_classes=0)
+    with pytest.raises(ConfigError, match=r"data.path: .* holds 4 x 8 images; allowed square ones"):
+        train(tiny(data={"path": str(store.path)}), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, tiny):
+    config = tiny(train={"steps": 40, "save_every": 1, "keep_checkpoints": 0, "log_every": 100}, optim={"lr": 1e18})
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step (\d+); .*lower optim.lr") as ended:
+        train(config, tmp_path / "run")
+    step = int(str(ended.value).split(" at step ")[1].split(";")[0])
+    assert step < 40  # found when it should have been saved; the next log line would be that of step 40
+    assert _checkpoints(tmp_path / "run") == list(range(1, step))
+
+
+def test_previews_come_at_their_steps_and_at_the_end(tmp_path, tiny):
+    train(tiny(train={"steps": 5, "sample_every": 2}), tmp_path / "run")
+    names = sorted(os.listdir(tmp_path / "run" / "samples"))
+    assert names == ["step-00000002.png", "step-00000004.png", "step-00000005.png"]
+    for name in names:
+        with Image.open(tmp_path / "run" / "samples" / name) as picture:
+            assert picture.size == (662, 266)
+
+
+def test_previews_and_judgements_change_nothing_in_training(tmp_path, tiny, training_lines, monkeypatch):
+    monkeypatch.setattr(loop, "judge_samples", lambda config, step, store: {"class_accuracy": int(step.counter) / 1e3})
+    train(tiny(), tmp_path / "plain")
+    train(tiny(train={"sample_every": 1}, eval={"every": 2, "images": 20}), tmp_path / "watched")
+    assert training_lines(tmp_path / "plain") == training_lines(tmp_path / "watched")
+    assert _same_weights(tmp_path / "plain", tmp_path / "watched", 6)
+    lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
+    judged = [(line["step"], line["class_accuracy"]) for line in lines if "class_accuracy" in line]
+    assert judged == [(2, 0.032), (4, 0.064), (6, 0.096)]
+    assert json.loads((tmp_path / "watched" / "metrics.json").read_text())["class_accuracy"] == 0.096
+
+
+def test_a_run_killed_in_its_last_judgement_judges_when_it_goes_on(tmp_path, tiny, monkeypatch, training_lines):
+    config = tiny(eval={"images": 20})
+    monkeypatch.setattr(loop, "judge_samples", lambda *given: _kill())
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run")
+    monkeypatch.setattr(loop, "judge_samples", lambda *given: {"class_accuracy": 0.5})
+    assert train(config, tmp_path / "run")["class_accuracy"] == 0.5
+    assert _events(tmp_path / "run") == [("resume", 6), ("end", 6)]
+    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_are_the_last_values_with_the_size_of_the_world(tmp_path, tiny, training_lines):
+    result = train(tiny(), tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    last = training_lines(tmp_path / "run")[-1]
+    assert stored == result and stored.items() >= last.items()
+    assert (stored["world_size"], stored["local_batch"], stored["images"]) == (1, 16, 96)
+    assert all(stored[name] > 0 for name in ("images_per_sec", "step_ms", "tflops"))
+    assert 0 <= stored["data_wait_pct"] <= 100
+
+
+def test_latents_are_trained_without_previews(tmp_path, tiny):
+    latents = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    store = write_store(tmp_path / "s", [(latents, torch.arange(20) % 3)], kind="mean_std", num_classes=3, shard_size=7)
+    config = tiny(data={"path": str(store.path)}, train={"sample_every": 1}, eval={"images": 10})
+    result = train(config, tmp_path / "run")
+    assert "class_accuracy" not in result and not (tmp_path / "run" / "samples").exists()
+
+
+def test_plain_lines_tell_size_rate_and_time_left(tmp_path, tiny, capsys):
+    train(tiny(), tmp_path / "run")
+    head, *lines, last = capsys.readouterr().out.splitlines()
+    assert "1797 samples, resident reader; batch 16, steps 0 to 6" in head and "fp32" in head
+    assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
+    assert all("loss" in line and "images/s" in line and line.endswith(" left") for line in lines)
+    assert last == f"finished {tmp_path / 'run'} at step 6"
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which programs started in the background of a shell do not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_acts_at_once_and_handlers_are_put_back(tmp_path, tiny, at_step):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    at_step(2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_interrupt_saves_and_exits_with_its_number(tmp_path, tiny, at_step):
+    at_step(2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        train(tiny(), tmp_path / "run")
+    assert stopped.value.code == 130 and _checkpoints(tmp_path / "run") == [2]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, tiny, at_step):
+    at_step(6, _terminate)
+    train(tiny(), tmp_path / "run")
+    assert _events(tmp_path / "run") == [("end", 6)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_is_passed_to_torch(tmp_path, tiny, at_step, deterministic):
+    seen = []
+    at_step(1, lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+    try:
+        train(tiny(train={"steps": 1, "deterministic": deterministic}), tmp_path / "run")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [deterministic]
+
+
+def test_the_description_is_the_configuration_and_the_size(tmp_path, tiny):
+    text = describe(tiny())
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(tmp_path / "config.yaml") == tiny()
+    assert "# 6 steps of 16 images: 0.05 epochs" in text and "1,797 samples, pixels (1, 8, 8)" in text
+
+
+@pytest.mark.parametrize(("schedule", "target", "share"), [("cosine", "eps", 0.5), ("flow", "u", 0.8)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_small_model_learns_the_digits(tmp_path, tiny, training_lines, schedule, target, share, precision):
+    """The flow target has more that nobody can predict, the digit itself, so its loss falls by less."""
+    objective = {"schedule": schedule, "target": target}
+    train(tiny(train={"steps": 60, "precision": precision}, diffusion=objective, optim={"lr": 3e-3}), tmp_path / "run")
+    losses = [line["loss"] for line in training_lines(tmp_path / "run")]
+    assert sum(losses[-10:]) < share * sum(losses[:10])

@@ -1,0 +1,70 @@
+"""preview: pictures and scores of the averaged weights."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erd_fast.data import open_reader, write_store
+from erd_fast.training import preview
+from erd_fast.training.preview import can_judge, judge_samples, spread_labels, write_preview
+
+
+@pytest.fixture
+def step(make_step, tiny, digits):
+    step = make_step(tiny(optim={"lr": 1e-2}))
+    batches = open_reader(digits, "resident", torch.device("cpu")).batches(step.plan, 0)
+    for _ in range(4):
+        step(batches)
+    return step
+
+
+def test_labels_are_spread_over_the_classes():
+    assert spread_labels(5, 0) is None
+    assert spread_labels(23, 10).bincount().tolist() == [3] * 3 + [2] * 7
+    assert spread_labels(4, 1000).tolist() == [0, 250, 500, 750]
+    assert spread_labels(10, 10).tolist() == list(range(10))
+
+
+def test_a_preview_is_a_grid_of_40_images_of_the_averages(tmp_path, step, digits):
+    config = step.config
+    write_preview(config, step, digits, tmp_path / "samples" / "one.png")
+    picture = np.asarray(Image.open(tmp_path / "samples" / "one.png"))
+    assert picture.shape == (4 * 66 + 2, 10 * 66 + 2)  # 8 x 8 enlarged to 64 x 64, with gaps
+    assert len(np.unique(picture)) > 10
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            parameter.add_(1.0)
+    write_preview(config, step, digits, tmp_path / "two.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "two.png")), picture)
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            step.optimizer.state[parameter]["ema"].mul_(1.5)
+    write_preview(config, step, digits, tmp_path / "three.png")
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "three.png")), picture)
+
+
+def test_samples_are_judged_with_the_labels_they_were_asked_for(step, tiny, digits, monkeypatch):
+    class Judge:
+        holdout_accuracy = 0.75
+
+        def score(self, images, labels):
+            assert images.shape == (23, 1, 8, 8) and images.dtype == torch.uint8
+            assert torch.equal(labels, torch.arange(23) % 10)
+            return {"class_accuracy": 0.5, "fd_classifier": 2.0}
+
+    def get_judge(images, labels, num_classes, fingerprint):
+        assert torch.equal(images, digits.gather(torch.arange(1797))) and torch.equal(labels, digits.labels)
+        assert (num_classes, fingerprint) == (10, digits.fingerprint)
+        return Judge()
+
+    monkeypatch.setattr(preview, "get_judge", get_judge)
+    scores = judge_samples(tiny(eval={"images": 23}), step, digits)
+    assert scores == {"class_accuracy": 0.5, "fd_classifier": 2.0, "judge_holdout_accuracy": 0.75}
+
+
+def test_pixels_with_classes_can_be_judged(tmp_path, digits):
+    labels, pixels = torch.zeros(2), torch.zeros(2, 1, 8, 8)
+    without = write_store(tmp_path / "a", [(pixels.byte(), labels)], kind="pixels", num_classes=0)
+    latents = write_store(tmp_path / "b", [(pixels, labels)], kind="sample", num_classes=1)
+    assert [can_judge(store) for store in (digits, without, latents)] == [True, False, False]

@@ -1,0 +1,189 @@
+"""step: what one step draws, computes and remembers."""
+
+import math
+from itertools import repeat
+
+import pytest
+import torch
+
+from erd_fast.data import Batch, LatentStore, open_reader, write_store
+from erd_fast.ops import Draw
+from erd_fast.training import step as step_module
+from erd_fast.training.step import LOSS_BINS, TrainStep, autocast, learning_rate
+
+CPU = torch.device("cpu")
+BATCH = 16
+ROUNDING = 2**-23 * math.sqrt(BATCH * 64)  # of a mean over as many terms, summed in another order
+
+
+@pytest.fixture
+def draws(monkeypatch) -> list[Draw]:
+    """Every draw of a training step, in order."""
+    made: list[Draw] = []
+    draw = step_module.draw
+    monkeypatch.setattr(step_module, "draw", lambda *args, **how: made.append(draw(*args, **how)) or made[-1])
+    return made
+
+
+def _batches(step: TrainStep, store: LatentStore, loader: str = "resident"):
+    return open_reader(store, loader, CPU).batches(step.plan, 0)
+
+
+def _join(draws: list[Draw]) -> Draw:
+    return Draw(*(torch.cat(field) for field in zip(*draws, strict=True)))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_micro_batches_draw_the_same_images_and_give_the_same_loss(make_step, tiny, digits, draws, parts):
+    whole, cut = make_step(tiny()), make_step(tiny(train={"micro_batch": BATCH // parts}))
+    one, other = _batches(whole, digits), _batches(cut, digits)
+    for _ in range(6):
+        draws.clear()
+        loss = whole(one).item()
+        expected = _join(draws)
+        draws.clear()
+        found = cut(other).item()
+        assert len(draws) == parts
+        assert all(torch.equal(a, b) for a, b in zip(_join(draws), expected, strict=True))
+        assert found == pytest.approx(loss, rel=ROUNDING)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(make_step, tiny, digits):
+    norms = []
+    for micro in (0, 8, 4):
+        step = make_step(tiny(train={"micro_batch": micro}))
+        step(_batches(step, digits))
+        norms.append(step.optimizer.grad_norm.item())
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=ROUNDING)
+
+
+def test_each_step_trains_the_next_images(make_step, tiny, digits, draws):
+    step = make_step(tiny())
+    batches = _batches(step, digits)
+    for _ in range(3):
+        step(batches)
+    assert _join(draws).ids.tolist() == list(range(3 * BATCH))
+    assert step.counter.item() == 3 * BATCH
+
+
+def test_readers_are_told_the_images_that_the_step_draws(make_step, tiny, digits, draws):
+    step = make_step(tiny(train={"micro_batch": 4}))
+    planned = torch.cat([step.plan(number) for number in range(8)])
+    draws.clear()
+    batches = _batches(step, digits)
+    step(batches), step(batches)
+    assert torch.equal(_join(draws).sample_index, planned)
+
+
+def test_resident_and_mmap_give_the_same_bits(make_step, tiny, digits):
+    losses = []
+    for loader in ("resident", "mmap"):
+        step = make_step(tiny(train={"micro_batch": 8}))
+        batches = _batches(step, digits, loader)
+        losses.append([step(batches).item() for _ in range(4)])
+        batches.close()
+    assert losses[0] == losses[1]
+
+
+def test_labels_are_dropped_to_the_null_label(make_step, tiny, digits, draws, monkeypatch):
+    step = make_step(tiny(train={"label_drop": 0.5}))
+    seen = []
+    forward = step.model.forward
+    monkeypatch.setattr(step.model, "forward", lambda x, t, y: seen.append((t, y)) or forward(x, t, y))
+    step(_batches(step, digits))
+    (drawn,), ((time, labels),) = draws, seen
+    expected = digits.labels[drawn.sample_index]
+    expected[drawn.label_drop] = 10
+    assert 0 < drawn.label_drop.sum() < BATCH
+    assert torch.equal(labels, expected)
+    assert torch.equal(time, step.process.time[drawn.t_index])
+
+
+def test_the_loss_is_the_weighted_mean_and_the_bins_are_not_weighted(make_step, tiny, digits, draws):
+    """At its start the model predicts 0, so the loss of an image is the mean square of its target, the noise."""
+    step = make_step(tiny())
+    loss = step(_batches(step, digits)).item()
+    (drawn,) = draws
+    x0 = digits.gather(drawn.sample_index)
+    _, noise = step.process.q_sample(x0, drawn.t_index, kind="pixels", ids=drawn.ids, seed=0)
+    mse = noise.square().mean((1, 2, 3)).double()
+    weight = step.process.weight[drawn.t_index].double()
+    assert loss == pytest.approx((weight * mse).mean().item(), rel=1e-5)
+    assert loss != pytest.approx(mse.mean().item(), rel=1e-3)
+    mean, by_t = step.take_totals()
+    assert mean == loss
+    for number in range(LOSS_BINS):
+        inside = drawn.t_index * LOSS_BINS // len(step.process.time) == number
+        assert by_t[number] == (pytest.approx(mse[inside].mean().item(), rel=1e-5) if inside.any() else None)
+
+
+def test_totals_are_means_since_they_were_taken(make_step, tiny, digits):
+    step = make_step(tiny())
+    batches = _batches(step, digits)
+    for count in (5, 3):
+        losses = [step(batches).item() for _ in range(count)]
+        assert step.take_totals()[0] == pytest.approx(sum(losses) / count, rel=1e-12)
+        assert all(not total.any() for total in step.totals.values())
+
+
+def _one_image(tmp_path, name: str, latents: torch.Tensor, **how) -> LatentStore:
+    return write_store(tmp_path / name, [(latents, torch.zeros(len(latents)))], num_classes=0, **how)
+
+
+def test_latents_are_scaled_and_shifted_as_the_store_says(make_step, tiny, tmp_path):
+    latents = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    scale, shift = torch.tensor([0.5, 2.0]), torch.tensor([1.0, -1.0])
+    ready = (latents - shift[:, None, None]) * scale[:, None, None]
+    how = {"scale": tuple(scale.tolist()), "shift": tuple(shift.tolist())}
+    stores = [
+        _one_image(tmp_path, "raw", latents, kind="sample", **how),
+        _one_image(tmp_path, "ready", ready, kind="sample"),
+        _one_image(tmp_path, "plain", latents, kind="sample"),
+    ]
+    config = tiny(diffusion={"target": "x0"})
+    losses = [make_step(config, store)(_batches(make_step(config, store), store)).item() for store in stores]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_pixels_are_mirrored_where_the_store_allows_it(make_step, tiny, tmp_path, draws, monkeypatch):
+    pixels = torch.randint(256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    x_ts = []
+    for flip in ("none", "mirror"):
+        store = _one_image(tmp_path, flip, pixels, kind="pixels", flip=flip)
+        step = make_step(tiny(), store)
+        forward = step.model.forward
+        monkeypatch.setattr(step.model, "forward", lambda x, t, y, f=forward: x_ts.append(x) or f(x, t, y))
+        step(_batches(step, store))
+    differ = (x_ts[0] != x_ts[1]).flatten(1).any(1)
+    assert torch.equal(differ, draws[0].flip) and 0 < differ.sum() < BATCH
+
+
+def test_bf16_runs_the_model_in_bf16_and_keeps_parameters_and_loss(make_step, tiny, digits, monkeypatch):
+    step = make_step(tiny(train={"precision": "bf16"}))
+    kinds = []
+    step.model.blocks[0].mlp.register_forward_hook(lambda module, given, result: kinds.append(result.dtype))
+    loss = step(_batches(step, digits))
+    assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
+    assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
+    with autocast(tiny(), CPU):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_batch_of_the_step_is_taken_from_the_reader(make_step, tiny, digits):
+    """With a reader that is not resident the step takes the rows as they come."""
+    step = make_step(tiny())
+    index = step.plan(0)
+    resident = Batch(digits.gather(torch.arange(len(digits))), digits.labels, True)
+    rows = Batch(digits.gather(index), digits.labels[index], False)
+    other = make_step(tiny())
+    assert step(repeat(resident)).item() == other(repeat(rows)).item()
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule(tiny):
+    constant = tiny(train={"steps": 10}, optim={"lr": 2.0, "warmup": 4})
+    assert [learning_rate(constant, step) for step in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = tiny(train={"steps": 12}, optim={"lr": 2.0, "warmup": 4, "schedule": "cosine"})
+    found = [learning_rate(cosine, step) for step in (3, 4, 6, 8, 12, 20)]
+    assert found == pytest.approx([2.0, 2.0, 1.0 + math.sqrt(0.5), 1.0, 0.0, 0.0])
+    assert learning_rate(tiny(optim={"lr": 2.0}), 0) == 2.0
