@@ -16,7 +16,7 @@ dev: .venv/.dev
 	@echo "Installing into .venv: about 3 GB to download (PyTorch with CUDA), 6 GB on disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "erd-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
@@ -28,6 +28,7 @@ dev: .venv/.dev
 train: setup
 	$(BIN)/erd-fast train digits --out $(RUN)
 	$(BIN)/erd-fast sample $(RUN) --n 100 --steps 18 --cfg-scale 1.5 --out $(RUN)/samples.png
+	$(BIN)/erd-fast report $(RUN)
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +78,7 @@ class Sample:
 
         check_output(self.out)
         interval = GuidanceInterval(*self.guidance_interval, self.guidance_unit) if self.guidance_interval else None
-        pixels, labels = sample_run(
+        samples, labels = sample_run(
             self.source,
             self.n,
             classes=self.classes,
@@ -86,8 +88,8 @@ class Sample:
             seed=self.seed,
             ema=self.ema,
         )
-        save(pixels, labels, self.out)
-        print(f"wrote {self.out}: {len(pixels)} images of {pixels.shape[1]} x {pixels.shape[2]}")
+        save(samples, labels, self.out)
+        print(f"wrote {self.out}: {len(samples)} samples, {samples.dtype} {samples.shape[1:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Info:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``erd-fast``. Mistakes end with one message and exit status 2 (configuration) or 1."""
+    warnings.formatwarning = lambda message, *_, **__: f"erd-fast: warning: {message}\n"
     try:
         try:
             _run(sys.argv[1:] if arguments is None else arguments)
@@ -129,6 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `erd-fast ... | head`: what reads our output has gone, so there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:  # a folder that may not be searched, a disk that is full
+        print(f"erd-fast: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _run(arguments: list[str]) -> None:

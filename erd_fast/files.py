@@ -17,7 +17,15 @@ from erd_fast.errors import DataError, RunError
 def cache_dir() -> Path:
     """Folder of imported stores and trained judges: ``ERD_FAST_CACHE``, else ``~/.cache/erd-fast``."""
     given = os.environ.get("ERD_FAST_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "erd-fast"
+    return Path(given) if given else Path(os.path.expanduser("~/.cache/erd-fast"))
+
+
+def cache_folder(name: str) -> Path:
+    """The cache's folder ``name``, made if need be. Raises RunError where that is not permitted."""
+    try:
+        return make_folder(cache_dir() / name)
+    except RunError as error:
+        raise RunError(f"{error}; the environment variable ERD_FAST_CACHE names the cache's folder") from error
 
 
 def make_folder(path: Path) -> Path:
@@ -25,9 +33,9 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot create the folder {path}: {error.strerror}; name one you may write to") from error
+        raise RunError(f"cannot create the folder {path}: {error.strerror}") from error
     if not os.access(path, os.W_OK):
-        raise RunError(f"no permission to write in {path}; name a folder you may write to")
+        raise RunError(f"no permission to write in {path}")
     return path
 
 

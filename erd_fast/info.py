@@ -8,6 +8,7 @@ from typing import Any
 import erd_fast
 from erd_fast.files import cache_dir
 
+_ABSENT = {"cuda": "CUDA C++ kernels", "cpu": "compiled CPU kernels", "triton": "Triton kernels of the ops"}
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tyro")
 
 
@@ -17,7 +18,10 @@ def collect() -> dict[str, Any]:
 
     from erd_fast import ops
 
-    reference = {"available": True, "reason": "the definition, in PyTorch; runs on every device"}
+    backends = {
+        "reference": {"available": True, "reason": "the definition, in PyTorch; runs on every device"},
+        **{name: {"available": False, "reason": f"this version has no {what}"} for name, what in _ABSENT.items()},
+    }
     cuda = torch.cuda.is_available()
     return {
         "erd_fast": erd_fast.__version__,
@@ -29,7 +33,7 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cache": str(cache_dir()),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ERD_FAST_")},
-        "ops": {name: {"reference": reference} for name in sorted(ops.__all__) if name.islower()},
+        "ops": {name: backends for name in sorted(ops.__all__) if name.islower()},
     }
 
 

@@ -48,18 +48,18 @@ class Stream(enum.IntEnum):
     NOISE = 2
 
 
-def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
+def philox_4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     """Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     Args:
         counter: (..., 4) int64, each in [0, 2**32).
-        key: (..., 2) int64, each in [0, 2**32), broadcast against ``counter``.
+        key: two words in [0, 2**32), as numbers or as (..., 2) int64 that broadcasts against ``counter``.
 
     Returns:
         (..., 4) int64 words in [0, 2**32).
     """
     c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
+    k0, k1 = key.unbind(-1) if isinstance(key, Tensor) else key
     for _ in range(_PHILOX_ROUNDS):
         product0 = c0 * _PHILOX_MULTIPLIERS[0]
         product1 = c2 * _PHILOX_MULTIPLIERS[1]
@@ -96,8 +96,7 @@ def words(seed: int, purpose: Purpose, stream: Stream, g: Tensor, blocks: Tensor
         ),
         dim=-1,
     )
-    key = torch.tensor((seed & _WORD, seed >> 32), dtype=torch.int64, device=g.device)
-    return philox_4x32(counter, key)
+    return philox_4x32(counter, (seed & _WORD, seed >> 32))
 
 
 def normals(seed: int, purpose: Purpose, stream: Stream, g: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -108,13 +107,6 @@ def normals(seed: int, purpose: Purpose, stream: Stream, g: Tensor, shape: tuple
     size = math.prod(shape)
     blocks = torch.arange(-(-size // 4), dtype=torch.int64, device=g.device)
     return box_muller(words(seed, purpose, stream, g, blocks)).flatten(1)[:, :size].reshape(-1, *shape)
-
-
-def uniforms(seed: int, purpose: Purpose, stream: Stream, g: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniforms ``(word + 1/2) * 2**-32`` for each image of ``g``: (N, \\*shape) float32 in (0, 1]."""
-    size = math.prod(shape)
-    blocks = torch.arange(-(-size // 4), dtype=torch.int64, device=g.device)
-    return unit_interval(words(seed, purpose, stream, g, blocks)).flatten(1)[:, :size].reshape(-1, *shape)
 
 
 def unit_interval(word: Tensor) -> Tensor:

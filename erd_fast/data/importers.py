@@ -7,7 +7,7 @@ import torch
 
 from erd_fast.data.store import LatentStore, write_store
 from erd_fast.errors import DataError, unknown_name
-from erd_fast.files import cache_dir
+from erd_fast.files import cache_folder
 
 
 def import_digits(path: Path) -> LatentStore:
@@ -28,16 +28,18 @@ BUNDLED: dict[str, Callable[[Path], LatentStore]] = {"digits": import_digits}
 
 
 def open_dataset(path: str, verify: bool | None = None) -> LatentStore:
-    """Open ``path``: the folder of a store, or the name of a bundled data set, imported into the cache on first use.
+    """Open ``path``: the name of a bundled data set, imported into the cache on first use, or the folder of a store.
+
+    A folder that has a bundled set's name is ``./digits``.
 
     Raises:
         DataError: neither a folder nor a bundled name, or the store is damaged.
     """
-    if Path(path).is_dir():
-        return LatentStore(path, verify)
     if path not in BUNDLED:
+        if Path(path).is_dir():
+            return LatentStore(path, verify)
         raise DataError(f"data.path: {path} is no folder, and {unknown_name('bundled data set', path, BUNDLED)}")
-    cached = cache_dir() / "stores" / path
+    cached = cache_folder("stores") / path
     if not cached.is_dir():
         try:
             return BUNDLED[path](cached)

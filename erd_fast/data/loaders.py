@@ -39,7 +39,13 @@ class ResidentReader:
     name = "resident"
 
     def __init__(self, store: LatentStore, device: torch.device):
-        self._batch = Batch(torch.cat([shard.to(device) for shard in store.shards()]), store.labels.to(device), True)
+        first = next(store.shards())
+        latents = torch.empty((len(store), *first.shape[1:]), dtype=first.dtype, device=device)
+        filled = 0
+        for shard in store.shards():  # one by one: the whole store is on the device once, not twice
+            latents[filled : filled + len(shard)].copy_(shard)
+            filled += len(shard)
+        self._batch = Batch(latents, store.labels.to(device), True)
 
     def batches(self, plan: Callable[[int], Tensor], start: int) -> Generator[Batch, None, None]:
         while True:
@@ -90,11 +96,11 @@ class MmapReader:
 
 
 def open_reader(store: LatentStore, loader: Loader, device: torch.device) -> Reader:
-    """The reader called ``loader``; ``auto`` is resident if a copy takes at most a quarter of the free memory, else
+    """The reader called ``loader``; ``auto`` is resident if a copy takes at most half of the free memory, else
     mmap."""
     if loader == "auto":
         size = sum(shard.nbytes for shard in store.shards())
-        loader = "resident" if 4 * size <= _free_bytes(device) else "mmap"
+        loader = "resident" if 2 * size <= _free_bytes(device) else "mmap"
     return ResidentReader(store, device) if loader == "resident" else MmapReader(store, device)
 
 

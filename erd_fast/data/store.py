@@ -12,6 +12,7 @@ Stores are written once, into a hidden folder that is renamed when whole, and ne
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ class Manifest:
     vae: str = ""
     """Which autoencoder made the latents; empty for pixels."""
     pixel_range: tuple[float, float] = (-1.0, 1.0)
-    """Range of the pixels that the autoencoder was fed, or that ``pixels`` become."""
+    """Range of the pixels that the autoencoder was fed. Stored ``pixels`` become -1 to 1."""
     crop: str = "none"
     flip: Flip = "none"
     """``mirror``: pixels are mirrored at random in training; ``stored``: mirrored copies are stored; ``none``."""
@@ -183,18 +184,15 @@ def write_store(
         DataError: the folder exists, nothing was given, or shapes, dtypes or labels are not allowed.
     """
     path = Path(path)
+    if shard_size < 1:
+        raise DataError(f"shard_size: given {shard_size}, allowed 1 or more")
     if path.exists():
         raise DataError(f"{path} exists already; stores are never changed, so name a new folder")
     shards: list[Shard] = []
     example: Tensor | None = None
     with new_folder(path) as folder:
-        for latents, labels in _regroup(batches, shard_size):
+        for latents, labels in _regroup(_checked(batches, num_classes), shard_size):
             example = latents
-            if latents.dim() != 4 or len(labels) != len(latents):
-                raise DataError(
-                    f"given latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; "
-                    "allowed (n, C, H, W) and (n,)"
-                )
             file = folder / f"shard-{len(shards):05d}.safetensors"
             save_file({"latents": latents.contiguous(), "labels": labels.to(torch.int32).contiguous()}, file)
             shards.append(Shard(file.name, len(latents), file.stat().st_size, _sha256(file)))
@@ -213,6 +211,30 @@ def write_store(
         write_json(folder / "manifest.json", dataclasses.asdict(manifest))
         LatentStore(folder, verify=False)  # a store that would not open is not kept
     return LatentStore(path, verify=False)
+
+
+def _checked(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, each compared with the first: what a store holds has one shape and one dtype."""
+    first: Tensor | None = None
+    for latents, labels in batches:
+        first = latents if first is None else first
+        if latents.dim() != 4 or tuple(labels.shape) != (len(latents),):
+            raise DataError(
+                f"given latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; allowed (n, C, H, W) and (n,)"
+            )
+        if latents.shape[1:] != first.shape[1:] or latents.dtype != first.dtype:
+            raise DataError(
+                f"given latents {latents.dtype} {tuple(latents.shape)}, allowed those of the first batch: "
+                f"{first.dtype} (n, {', '.join(map(str, first.shape[1:]))})"
+            )
+        if latents.dtype not in _DTYPES.values():
+            raise DataError(f"given latents {latents.dtype}, allowed {', '.join(_DTYPES)}")
+        if labels.is_floating_point() or labels.is_complex():
+            raise DataError(f"given labels {labels.dtype}, allowed whole numbers")
+        wrong = labels[(labels < 0) | (labels >= max(num_classes, 1))]
+        if len(wrong):
+            raise DataError(f"given label {int(wrong[0])}, allowed 0 to {max(num_classes, 1) - 1}")
+        yield latents, labels
 
 
 def _regroup(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -272,16 +294,24 @@ def _check_manifest(manifest: Manifest, file: Path) -> None:
     is_shape = isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
     check("shape", is_shape, "three positive whole numbers (C, H, W)")
     check("num_classes", isinstance(manifest.num_classes, int) and manifest.num_classes >= 0, "0 or more")
+    for shard in manifest.shards:
+        named = isinstance(shard.file, str) and Path(shard.file).name == shard.file
+        counted = type(shard.count) is int and type(shard.bytes) is int and shard.count > 0
+        check("shards", named and counted, "file names in the store's own folder, with whole counts above 0")
     total = sum(shard.count for shard in manifest.shards)
     check("count", manifest.count == total and total > 0, f"the sum of the shards' counts, {total}, at least 1")
     for field in ("scale", "shift"):
-        check(
-            field,
-            len(getattr(manifest, field)) in (0, shape[0]),
-            f"one number for each of {shape[0]} channels, or none",
-        )
+        given = getattr(manifest, field)
+        check(field, isinstance(given, tuple) and all(map(_is_finite, given)), "a list of numbers")
+        check(field, len(given) in (0, shape[0]), f"one number for each of {shape[0]} channels, or none")
+        check(field, not (given and manifest.kind == "pixels"), "none for pixels, which become -1 to 1")
+    check("class_names", isinstance(manifest.class_names, tuple), "a list of names")
     names = len(manifest.class_names)
     check("class_names", names in (0, manifest.num_classes), f"{manifest.num_classes} names or none")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _map_tensor(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from erd_fast.evaluation.metrics import frechet_distance, mean_and_covariance
-from erd_fast.files import cache_dir, make_folder, write_bytes
+from erd_fast.files import cache_folder, write_bytes
 
-_EPOCH_IMAGES = 1797 * 30  # images shown in training the judge, whatever the size of the data set
+_IMAGES_SHOWN = 1797 * 30  # in training the judge, whatever the size of the data set
 _BATCH = 64
 _VERSION = 1  # of network and recipe; part of the cache's name
 
@@ -73,12 +73,11 @@ def get_judge(images: Tensor, labels: Tensor, num_classes: int, fingerprint: str
         labels: (N,) int64.
         fingerprint: identity of the data set.
     """
-    path = cache_dir() / "judges" / f"{fingerprint}-v{_VERSION}.safetensors"
+    path = cache_folder("judges") / f"{fingerprint}-v{_VERSION}.safetensors"
     classifier = Classifier(images.shape[1], num_classes)
     accuracy = _load(classifier, path)
     if accuracy is None:
         accuracy = _train(classifier, images, labels)
-        make_folder(path.parent)
         write_bytes(path, save(classifier.state_dict(), metadata={"holdout_accuracy": repr(accuracy)}))
     classifier.eval()
     with torch.no_grad():
@@ -114,7 +113,7 @@ def _fit(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
         for parameter in classifier.parameters():
             bound = (6.0 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.0
             parameter.uniform_(-bound, bound, generator=generator) if bound else parameter.zero_()
-    steps = max(1, _EPOCH_IMAGES // _BATCH)
+    steps = max(1, _IMAGES_SHOWN // _BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

@@ -46,8 +46,11 @@ class AdamWEMA(torch.optim.AdamW):
             raise ConfigError(f"AdamWEMA: grad_clip: given {grad_clip}, allowed 0 (off) or more")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.grad_norm = torch.zeros(())
+        # What a group may have of its own, also one that joins later by add_param_group.
+        self.defaults |= {"ema_decay": ema_decay, "grad_clip": grad_clip, "ema_steps": 0}
         for group in self.param_groups:
-            group.update(ema_decay=ema_decay, grad_clip=grad_clip, ema_steps=0)
+            for name in ("ema_decay", "grad_clip", "ema_steps"):
+                group.setdefault(name, self.defaults[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

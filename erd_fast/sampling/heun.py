@@ -50,6 +50,8 @@ def heun(
     """
     if steps < 1:
         raise ConfigError(f"steps: given {steps}, allowed 1 or more")
+    if not 0.0 <= cfg_scale < float("inf"):
+        raise ConfigError(f"cfg_scale: given {cfg_scale}, allowed 0 or more")
     if cfg_scale != 1.0 and labels is None:
         raise ConfigError(f"cfg_scale: given {cfg_scale}; guidance needs labels, and this model has none; allowed 1")
     if cfg_scale != 1.0 and not getattr(model, "null_label", True):

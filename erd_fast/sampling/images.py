@@ -1,7 +1,9 @@
 """Samples as pictures: from x0 to uint8, into PNG grids, folders of PNGs, and .npz files."""
 
+import io
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from erd_fast.diffusion.schedule import Schedule
-from erd_fast.errors import ConfigError, RunError
-from erd_fast.files import make_folder
+from erd_fast.errors import ConfigError
+from erd_fast.files import make_folder, write_bytes
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.sampling.heun import heun
 
 Pixels = NDArray[np.uint8]
+Latents = NDArray[np.float32]
 SUFFIXES = (".png", ".npz")
 _SMALLEST_TILE = 64  # pixels; smaller images are enlarged, so that a grid of 8 x 8 digits can be seen
 
@@ -67,30 +70,37 @@ def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
 
 
 def check_output(out: Path) -> None:
-    """Raises ConfigError unless ``out`` is a name that :func:`save` can write: .png, .npz, or a folder."""
-    if out.suffix and out.suffix not in SUFFIXES:
+    """Make the folder of ``out``, so that samples are not drawn in vain.
+
+    Raises:
+        ConfigError: ``out`` ends like a file that :func:`save` cannot write. RunError: no permission.
+    """
+    if re.fullmatch(r"\.[A-Za-z]+\d?", out.suffix) and out.suffix not in SUFFIXES:
         raise ConfigError(f"out: given {out}, allowed a name ending in .png or .npz, or a folder")
+    make_folder(out.parent if out.suffix in SUFFIXES else out)
 
 
-def save(pixels: Pixels, labels: NDArray[np.int64] | None, out: Path, columns: int = 10) -> None:
-    """Write uint8 NHWC images: ``x.png`` a grid, ``x.npz`` arrays arr_0 (images) and arr_1 (labels), else a folder
-    of PNGs.
+def save(samples: Pixels | Latents, labels: NDArray[np.int64] | None, out: Path, columns: int = 10) -> None:
+    """Write uint8 NHWC images: ``x.png`` a grid, ``x.npz`` arrays arr_0 (images) and arr_1 (labels), else a folder of
+    PNGs. Latents go to ``x.npz`` alone.
 
     Raises:
         ConfigError: another ending. RunError: no permission.
     """
     check_output(out)
-    make_folder(out.parent if out.suffix else out)
-    try:
-        if out.suffix == ".png":
-            grid(pixels, columns).save(out)
-        elif out.suffix == ".npz":
-            np.savez(out, pixels) if labels is None else np.savez(out, pixels, labels)
-        else:
-            for number, image in enumerate(pixels):
-                _picture(image).save(out / f"{number:06d}.png")
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+    pictures = cast(Pixels, samples)
+    if samples.dtype != np.uint8 and out.suffix != ".npz":
+        raise ConfigError(f"out: given {out}; the run is on latents, which are no pictures yet; allowed a name in .npz")
+    content = io.BytesIO()
+    if out.suffix == ".npz":
+        np.savez(content, samples) if labels is None else np.savez(content, samples, labels)
+        write_bytes(out, content.getvalue())
+    elif out.suffix == ".png":
+        grid(pictures, columns).save(content, "png")
+        write_bytes(out, content.getvalue())
+    else:
+        for number, image in enumerate(pictures):
+            _picture(image).save(out / f"{number:06d}.png")
 
 
 def _picture(pixels: Pixels) -> Image.Image:

@@ -41,7 +41,10 @@ class CheckpointState:
     """Name and arguments for ``create_model``."""
     schedule: str
     target: str
-    class_names: list[str]
+    kind: str
+    """What the store holds; so are the next two."""
+    scale: list[float]
+    shift: list[float]
     format_version: int = FORMAT_VERSION
 
 
@@ -70,15 +73,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def load_state(path: Path) -> CheckpointState:
     """Read ``state.json``. Raises DataError for another version or a damaged file."""
     content = read_json(path / "state.json")
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version {version}; this version of erd-fast reads {FORMAT_VERSION}")
     try:
-        state = CheckpointState(**content)
+        return CheckpointState(**content)
     except TypeError as error:
         raise DataError(f"{path / 'state.json'}: {error}") from error
-    if state.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version {state.format_version}; this version of erd-fast reads {FORMAT_VERSION}"
-        )
-    return state
 
 
 def load_weights(path: Path, model: nn.Module, ema: bool = True) -> None:
@@ -87,15 +88,14 @@ def load_weights(path: Path, model: nn.Module, ema: bool = True) -> None:
     file = path / ("ema.safetensors" if ema else "model.safetensors")
     weights = _read(file)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         raise DataError(f"{file} does not fit the model: {error}") from error
 
 
 @torch.no_grad()
-def restore(path: Path, step: TrainStep) -> CheckpointState:
+def restore(path: Path, state: CheckpointState, step: TrainStep) -> None:
     """Put parameters, averages, moments, open sums and the image counter back as they were saved, bit for bit."""
-    state = load_state(path)
     load_weights(path, step.model, ema=False)
     averages, tensors = _read(path / "ema.safetensors"), _read(path / "training.safetensors")
     try:
@@ -110,7 +110,6 @@ def restore(path: Path, step: TrainStep) -> CheckpointState:
     for group in step.optimizer.param_groups:
         group["ema_steps"] = state.ema_steps
     step.counter.fill_(state.images)
-    return state
 
 
 def _training_tensors(step: TrainStep) -> dict[str, Tensor]:

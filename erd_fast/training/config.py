@@ -107,7 +107,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         _one_of("diffusion.schedule", self.schedule, SCHEDULES)
         try:
-            resolve_target(self.target)
+            object.__setattr__(self, "target", resolve_target(self.target))  # one name in files, whichever was given
         except ConfigError as error:
             raise ConfigError(f"diffusion.target: {error}") from None
         _one_of("diffusion.weighting", self.weighting, RULES)
@@ -182,7 +182,7 @@ class RunConfig:
         return {f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()}
 
 
-MAY_CHANGE_ON_RESUME = {"train.steps", "train.micro_batch", "eval.every", "data.path", "data.loader", "model.kernels"}
+MAY_CHANGE_ON_RESUME = {"train.steps", "train.micro_batch", "eval.every", "data.path", "data.loader"}
 
 
 def refuse_changes(stored: RunConfig, given: RunConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import math
+import os
 import signal
 import sys
 import time
@@ -19,10 +20,10 @@ from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import create_model, model_flops
 from erd_fast.optim import AdamWEMA
-from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, restore, save_checkpoint
+from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
 from erd_fast.training.metrics import RunLog, Speed, read_log
-from erd_fast.training.preview import can_judge, judge_samples, write_preview
+from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
 from erd_fast.training.step import TrainStep, learning_rate
 
 
@@ -70,7 +71,7 @@ def model_arguments(config: RunConfig, store: LatentStore) -> dict[str, Any]:
 
 
 def describe(config: RunConfig) -> str:
-    """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Writes nothing."""
+    """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Makes no run folder."""
     store = open_store(config)
     model = create_model(**model_arguments(config, store), device="meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -90,7 +91,9 @@ class _Run:
     def __init__(self, config: RunConfig, folder: Path, store: LatentStore):
         self.config, self.folder, self.store = config, folder, store
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.use_deterministic_algorithms(config.train.deterministic)
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
+            torch.use_deterministic_algorithms(True)
         objective, optim = config.diffusion, config.optim
         self.arguments = model_arguments(config, store)
         model = create_model(**self.arguments, seed=config.train.seed).to(self.device)
@@ -106,16 +109,14 @@ class _Run:
             get_schedule(objective.schedule), objective.target, objective.weighting, objective.normalize, self.device
         )
         self.step = TrainStep(config, model, optimizer, process, store, self.device)
-        self.log = RunLog(folder)
-        self.log.last |= {"world_size": 1, "local_batch": config.train.batch_size}
-        self.speed = Speed(model_flops(model), self.device)
+        self.log = RunLog(folder, local_batch=config.train.batch_size)
+        self.speed = Speed(model_flops(model), self.device, config.train.precision)
         self.done = 0  # steps taken
 
     def go(self, stop: "_StopRequest") -> dict[str, Any]:
         config, folder = self.config, self.folder
-        if not self._resume():
+        if not self._start_or_resume():
             return self.log.last
-        write_text(folder / "config.yaml", config_text(config))
         reader = open_reader(self.store, config.data.loader, self.device)
         print(self._headline(reader.name), flush=True)
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
@@ -131,7 +132,7 @@ class _Run:
                 last = self.done == config.train.steps
                 if last or self._due(config.train.log_every):
                     self._log_line(bar)
-                began = time.perf_counter()
+                began = self._clock(config.train.sample_every, config.train.save_every, config.eval.every)
                 if self._due(config.train.sample_every) or (last and config.train.sample_every):
                     self._preview()
                 if self._due(config.eval.every) and not last:
@@ -148,25 +149,30 @@ class _Run:
         print(f"finished {folder} at step {self.done}", flush=True)
         return self.log.last
 
-    def _resume(self) -> bool:
+    def _start_or_resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. False if the run is finished."""
-        checkpoints = self.folder / "checkpoints"
+        checkpoints, config_file = self.folder / "checkpoints", self.folder / "config.yaml"
+        remove_partial(self.folder)
         remove_partial(checkpoints)
         newest = latest_checkpoint(checkpoints)
         steps = self.config.train.steps
         ends = [line["step"] for line in read_log(self.folder / "log.jsonl") if line.get("event") == "end"]
         if newest is None:
+            # The configuration comes first: it is what makes the folder a run, whenever a kill comes.
+            write_text(config_file, config_text(self.config))
             self.log.cut_back(0)
             return True
         if ends and max(ends) >= steps:
             print(f"{self.folder} is finished: step {max(ends)} of {steps}; raise --train.steps to go on", flush=True)
             return False
-        state = restore(newest, self.step)
+        state = load_state(newest)
         if state.data != self.store.fingerprint:
             raise RunError(
                 f"{self.folder} was trained on a store with fingerprint {state.data}, {self.store.path} has "
                 f"{self.store.fingerprint}; data.path may name a copy, not other data"
             )
+        restore(newest, state, self.step)
+        write_text(config_file, config_text(self.config))
         self.done = state.step
         self.log.cut_back(self.done)
         self.log.write({"event": "resume", "step": self.done})
@@ -183,6 +189,12 @@ class _Run:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
+
+    def _clock(self, *intervals: int) -> float:
+        """Host time; where one of the ``intervals`` is due, after the device has done what it was given."""
+        if self.device.type == "cuda" and any(map(self._due, intervals)):
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _set_learning_rate(self) -> None:
         for group in self.step.optimizer.param_groups:
@@ -201,9 +213,10 @@ class _Run:
 
     def _log_line(self, bar: "tqdm[Any]") -> None:
         loss, loss_by_t = self.step.take_totals()
-        self._check_finite(loss)
+        grad_norm = float(self.step.optimizer.grad_norm)
+        self._check_finite(loss=loss, grad_norm=grad_norm)
         line: dict[str, Any] = {"step": self.done, "images": self.done * self.config.train.batch_size, "loss": loss}
-        line |= {"grad_norm": float(self.step.optimizer.grad_norm), "loss_by_t": loss_by_t}
+        line |= {"grad_norm": grad_norm, "loss_by_t": loss_by_t}
         line |= {"lr": learning_rate(self.config, self.done - 1), **self.speed.read()}
         self.log.write(line)
         self.log.write_metrics()
@@ -215,19 +228,23 @@ class _Run:
             eta = f"{left // 60:.0f}:{left % 60:02.0f}"
             print(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left", flush=True)
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {self.done}; the newest checkpoint is from before. "
-                "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
-            )
+    def _check_finite(self, **values: float) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"{name} is {value} at step {self.done}, and nothing is saved of it. "
+                    "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
+                )
 
     def _preview(self) -> None:
-        if self.store.manifest.kind == "pixels":
+        if can_preview(self.store):
             write_preview(self.config, self.step, self.store, self.folder / "samples" / f"step-{self.done:08d}.png")
 
     def _judge(self) -> None:
-        if not self.config.eval.images or not can_judge(self.store):
+        if not self.config.eval.images or self.log.has("class_accuracy", self.done):
+            return
+        if (reason := why_not_judged(self.store)) is not None:
+            tqdm.write(f"samples are not judged: {reason}")
             return
         scores = judge_samples(self.config, self.step, self.store)
         self.log.write({"step": self.done, **scores})
@@ -236,7 +253,8 @@ class _Run:
         tqdm.write(f"step {self.done}  {text}")
 
     def _save(self, loss: float) -> None:
-        self._check_finite(loss)
+        largest = max(float(parameter.detach().abs().max()) for parameter in self.step.model.parameters())
+        self._check_finite(loss=loss, largest_parameter=largest)
         arguments, manifest = self.arguments, self.store.manifest
         state = CheckpointState(
             step=self.done,
@@ -246,7 +264,9 @@ class _Run:
             model=arguments,
             schedule=self.step.process.schedule.name,
             target=self.step.process.target,
-            class_names=list(manifest.class_names),
+            kind=manifest.kind,
+            scale=list(manifest.scale),
+            shift=list(manifest.shift),
         )
         save_checkpoint(self.folder / "checkpoints", state, self.step, self.config.train.keep_checkpoints)
 

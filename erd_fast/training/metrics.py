@@ -7,24 +7,30 @@ from typing import Any
 
 import torch
 
-from erd_fast.errors import RunError
-from erd_fast.files import read_json, write_json, write_text
+from erd_fast.errors import DataError, RunError
+from erd_fast.files import write_json, write_text
 
-# Dense bf16 matrix peak of the datasheets, TFLOP/s. No entry, no mfu.
-_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
+# Dense bf16 matrix peak of the datasheets, TFLOP/s, SXM boards. No entry, no mfu.
+_PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
 
 
 class RunLog:
     """``log.jsonl``, one JSON object a line, and ``metrics.json``, the last value of every metric."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, local_batch: int):
         self._file, self._metrics = folder / "log.jsonl", folder / "metrics.json"
-        self.last: dict[str, Any] = read_json(self._metrics) if self._metrics.is_file() else {}
+        self._fixed = {"world_size": 1, "local_batch": local_batch}
+        self._take(read_log(self._file))
 
     def cut_back(self, step: int) -> None:
         """Drop what a run that went further than its checkpoint logged after ``step``, and a half-written last line."""
         kept = [line for line in read_log(self._file) if line["step"] <= step]
         write_text(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._take(kept)
+
+    def has(self, metric: str, step: int) -> bool:
+        """Whether ``metric`` was logged at ``step``, as it may have been before a kill."""
+        return any(metric in line for line in read_log(self._file) if line["step"] == step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line."""
@@ -34,7 +40,13 @@ class RunLog:
         except OSError as error:
             raise RunError(f"cannot write {self._file}: {error.strerror}") from error
         if "event" not in line:
-            self.last.update(line)
+            self.last |= line
+
+    def _take(self, lines: list[dict[str, Any]]) -> None:
+        self.last: dict[str, Any] = dict(self._fixed)
+        for line in lines:
+            if "event" not in line:
+                self.last |= line
 
     def write_metrics(self) -> None:
         """Write ``metrics.json``: the last value of every metric logged."""
@@ -42,26 +54,29 @@ class RunLog:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Whole lines of a log.jsonl; a last line cut off by a kill is left out."""
+    """Lines of a log.jsonl; one cut off by a kill is left out. Raises DataError for any other damage."""
     if not file.is_file():
         return []
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines():
+    texts = file.read_bytes().split(b"\n")
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts[:-1], start=1):  # what follows the last newline is no whole line
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            line["step"] += 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{file}, line {number}: no log line: {error!r}") from error
+        lines.append(line)
     return lines
 
 
 class Speed:
     """Rates since the last log line. Reading the loss synchronises, so host time is device time here."""
 
-    def __init__(self, flops_per_image: int, device: torch.device):
+    def __init__(self, flops_per_image: int, device: torch.device, precision: str):
         self._flops = 3 * flops_per_image  # forward once, backward twice; no credit for recompute
         self._device = device
         self._peak = None
-        if device.type == "cuda":
+        if device.type == "cuda" and precision == "bf16":
             name = torch.cuda.get_device_name(device)
             self._peak = next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
         self.waited = 0.0

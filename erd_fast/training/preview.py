@@ -14,6 +14,7 @@ from erd_fast.training.step import TrainStep, autocast
 
 PREVIEW_IMAGES = 40
 _COLUMNS = 10
+_LARGEST_JUDGED, _FEWEST_JUDGED = 64, 100  # larger images need a larger network; fewer ones teach none
 
 
 def spread_labels(count: int, num_classes: int) -> Tensor | None:
@@ -43,9 +44,21 @@ def judge_samples(config: RunConfig, step: TrainStep, store: LatentStore) -> dic
     return {**scores, "judge_holdout_accuracy": judge.holdout_accuracy}
 
 
-def can_judge(store: LatentStore) -> bool:
-    """Whether :func:`judge_samples` applies: pixels with classes."""
-    return store.manifest.kind == "pixels" and store.manifest.num_classes > 0
+def can_preview(store: LatentStore) -> bool:
+    """Whether samples are pictures: pixels, grey or RGB."""
+    return store.manifest.kind == "pixels" and store.manifest.shape[0] in (1, 3)
+
+
+def why_not_judged(store: LatentStore) -> str | None:
+    """Why :func:`judge_samples` does not apply to this store; None if it does."""
+    manifest = store.manifest
+    if manifest.kind != "pixels" or manifest.num_classes < 2:
+        return "the judge is a classifier of pixels, and needs at least two classes"
+    if max(manifest.shape[1:]) > _LARGEST_JUDGED or len(store) < _FEWEST_JUDGED:
+        return (
+            f"the judge is for images of up to {_LARGEST_JUDGED} pixels a side, and at least {_FEWEST_JUDGED} of them"
+        )
+    return None
 
 
 def _samples(config: RunConfig, step: TrainStep, labels: Tensor | None, count: int) -> Tensor:

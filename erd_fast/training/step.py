@@ -1,4 +1,4 @@
-"""One training step: draw, gather, q_sample, model, loss, backward, update. No host synchronisation in it."""
+"""One training step: draw, gather, q_sample, model, loss, backward, update."""
 
 import contextlib
 import math
