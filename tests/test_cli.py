@@ -200,7 +200,7 @@ def test_samples_as_a_grid(capsys, empty, trained):
     main(["sample", str(trained), "--n", "12", "--steps", "2", "--out", "x.png"])
     with Image.open(empty / "x.png") as picture:
         assert picture.size == (10 * 66 + 2, 2 * 66 + 2)
-    assert capsys.readouterr().out == "wrote x.png: 12 images of 8 x 8\n"
+    assert capsys.readouterr().out == "wrote x.png: 12 samples, uint8 (8, 8, 1)\n"
 
 
 def test_samples_as_arrays_and_as_a_folder_are_the_same_images(empty, trained):

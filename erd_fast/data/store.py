@@ -216,6 +216,7 @@ def write_store(
 def _checked(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, each compared with the first: what a store holds has one shape and one dtype."""
     first: Tensor | None = None
+    seen = 0
     for latents, labels in batches:
         first = latents if first is None else first
         if latents.dim() != 4 or tuple(labels.shape) != (len(latents),):
@@ -231,9 +232,11 @@ def _checked(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Iter
             raise DataError(f"given latents {latents.dtype}, allowed {', '.join(_DTYPES)}")
         if labels.is_floating_point() or labels.is_complex():
             raise DataError(f"given labels {labels.dtype}, allowed whole numbers")
-        wrong = labels[(labels < 0) | (labels >= max(num_classes, 1))]
+        wrong = ((labels < 0) | (labels >= max(num_classes, 1))).nonzero()
         if len(wrong):
-            raise DataError(f"given label {int(wrong[0])}, allowed 0 to {max(num_classes, 1) - 1}")
+            row, allowed = int(wrong[0]), f"0 to {num_classes - 1}" if num_classes > 0 else "0 alone, without classes"
+            raise DataError(f"given label {int(labels[row])} of sample {seen + row}, allowed {allowed}")
+        seen += len(latents)
         yield latents, labels
 
 

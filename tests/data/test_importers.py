@@ -40,11 +40,12 @@ def test_an_import_that_another_process_finished_first_is_read(tmp_path, monkeyp
     assert len(open_dataset("digits")) == 1797
 
 
-def test_a_folder_goes_before_a_bundled_name(tmp_path, monkeypatch, digits):
+def test_a_folder_of_a_bundled_name_is_asked_for_by_its_path(tmp_path, monkeypatch, digits):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits").mkdir()  # a run folder, say
+    assert open_dataset("digits").fingerprint == digits.fingerprint
     with pytest.raises(DataError, match="digits is no latent store"):
-        open_dataset("digits")
+        open_dataset("./digits")
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -77,9 +77,9 @@ def test_an_error_in_the_reading_thread_reaches_the_consumer(store):
     assert not _reading_threads()
 
 
-def test_auto_is_resident_where_the_store_takes_a_quarter_of_the_free_memory_at_most(store, monkeypatch):
+def test_auto_is_resident_where_the_store_takes_half_of_the_free_memory_at_most(store, monkeypatch):
     size = 40 * 4 * 4
-    for free, name in ((4 * size, "resident"), (4 * size - 1, "mmap")):
+    for free, name in ((2 * size, "resident"), (2 * size - 1, "mmap")):
         monkeypatch.setattr(loaders, "_free_bytes", lambda device, free=free: free)
         assert open_reader(store, "auto", CPU).name == name
     assert open_reader(store, "resident", CPU).name == "resident"  # asked for by name, whatever the room

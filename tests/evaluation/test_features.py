@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erd_fast.evaluation import features, get_judge
+from erd_fast.files import cache_dir
 
 SMALL = 1024  # images shown to a judge whose numbers do not matter
 
@@ -19,7 +20,7 @@ def real(digits) -> torch.Tensor:
 def small(tmp_path, monkeypatch, real, digits):
     """``small()``: the judge of the digits after next to no training, with a cache of its own."""
     monkeypatch.setenv("ERD_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(features, "_EPOCH_IMAGES", SMALL)
+    monkeypatch.setattr(features, "_IMAGES_SHOWN", SMALL)
     return lambda: get_judge(real, digits.labels, 10, "small")
 
 
@@ -37,7 +38,7 @@ def test_the_judge_of_the_digits_knows_them(real, digits):
     noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
     assert judge.score(noise, digits.labels)["fd_classifier"] > 0.1 * judge.real[1].trace()
     assert judge.score(real[::2], digits.labels[::2])["fd_classifier"] > abs(scores["fd_classifier"])
-    path = features.cache_dir() / "judges" / f"{digits.fingerprint}-v1.safetensors"
+    path = cache_dir() / "judges" / f"{digits.fingerprint}-v1.safetensors"
     assert path.is_file()
 
 

@@ -11,16 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from fixtures import latent_store
 from PIL import Image
 from safetensors.torch import load_file
 
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.sampling.images import save
 from erd_fast.training import loop
 from erd_fast.training.config import config_text, load_config
 from erd_fast.training.loop import describe, train
+from erd_fast.training.sample_run import sample_run
 from erd_fast.training.step import TrainStep, learning_rate
 
 
@@ -315,16 +319,44 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, 
 
 
 def test_images_that_are_not_square_are_refused(tmp_path, tiny):
-    store = write_store(tmp_path / "s", [(torch.zeros(2, 1, 4, 8), torch.zeros(2))], kind="sample", num_classes=0)
+    store = write_store(
+        tmp_path / "s", [(torch.zeros(2, 1, 4, 8), torch.zeros(2).long())], kind="sample", num_classes=0
+    )
     with pytest.raises(ConfigError, match=r"data.path: .* holds 4 x 8 images; allowed square ones"):
         train(tiny(data={"path": str(store.path)}), tmp_path / "run")
 
 
+def test_a_run_stopped_before_its_first_line_can_begin_again(tmp_path, tiny, monkeypatch):
+    config = tiny()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunLog, "cut_back", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert _checkpoints(tmp_path / "run")
+
+
+def test_a_run_on_latents_samples_latents_as_they_are_stored(tmp_path, tiny):
+    store = latent_store(tmp_path / "store", "mean_std")
+    train(tiny(data={"path": str(store.path)}, eval={"cfg_scale": 1.0}), tmp_path / "run")
+    latents, labels = sample_run(tmp_path / "run", 4, steps=2)
+    assert latents.dtype == np.float32 and latents.shape == (4, 4, 8, 8)
+    assert labels.tolist() == [0, 2, 5, 7]
+    # Stored as (x0 / 0.5 + 1): an untrained model gives x0 of mean 0, so z of mean 1, within its own spread.
+    assert abs(latents.mean() - 1.0) < 4 * latents.std() / latents.size**0.5 + 0.5
+    save(latents, labels, tmp_path / "z.npz")
+    assert np.array_equal(np.load(tmp_path / "z.npz")["arr_0"], latents)
+    with pytest.raises(ConfigError, match=r"the run is on latents"):
+        save(latents, labels, tmp_path / "z.png")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, tiny):
     config = tiny(train={"steps": 40, "save_every": 1, "keep_checkpoints": 0, "log_every": 100}, optim={"lr": 1e18})
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step (\d+); .*lower optim.lr") as ended:
+    with pytest.raises(
+        RunError, match=r"(loss|largest_parameter) is (nan|inf) at step (\d+), .*lower optim.lr"
+    ) as ended:
         train(config, tmp_path / "run")
-    step = int(str(ended.value).split(" at step ")[1].split(";")[0])
+    step = int(str(ended.value).split(" at step ")[1].split(",")[0])
     assert step < 40  # found when it should have been saved; the next log line would be that of step 40
     assert _checkpoints(tmp_path / "run") == list(range(1, step))
 

@@ -11,18 +11,19 @@ from erd_fast.training.metrics import RunLog, Speed, read_log
 
 
 def test_lines_are_appended_and_the_last_values_kept(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, local_batch=16)
     lines = [{"step": 1, "loss": 2.0}, {"event": "resume", "step": 1}, {"step": 2, "loss": 1.0}, {"step": 2, "fd": 3.0}]
     for line in lines:
         log.write(line)
     log.write_metrics()
     assert read_log(tmp_path / "log.jsonl") == lines
-    assert json.loads((tmp_path / "metrics.json").read_text()) == log.last == {"step": 2, "loss": 1.0, "fd": 3.0}
-    assert RunLog(tmp_path).last == log.last
+    expected = {"world_size": 1, "local_batch": 16, "step": 2, "loss": 1.0, "fd": 3.0}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == log.last == expected
+    assert RunLog(tmp_path, local_batch=16).last == log.last
 
 
 def test_cutting_back_drops_later_lines_and_a_half_line(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, local_batch=16)
     for step in (2, 4, 6):
         log.write({"step": step})
     with open(tmp_path / "log.jsonl", "a") as file:
@@ -38,14 +39,25 @@ def test_no_log_is_an_empty_one(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def test_damaged_metrics_are_named(tmp_path):
-    (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(DataError, match=r"metrics.json cannot be read as JSON"):
-        RunLog(tmp_path)
+@pytest.mark.parametrize("line", ["{", "3", '"step"', '{"loss": 1.0}', '{"step": "x"}', "\xff"])
+def test_a_damaged_line_is_named_unless_it_is_the_last_half(tmp_path, line):
+    good = json.dumps({"step": 1}) + "\n"
+    (tmp_path / "log.jsonl").write_text(f"{good}{line}\n{good}", encoding="latin-1")
+    with pytest.raises(DataError, match=r"log.jsonl, line 2: no log line"):
+        RunLog(tmp_path, local_batch=16)
+
+
+def test_cutting_back_takes_the_last_values_back_too(tmp_path):
+    log = RunLog(tmp_path, local_batch=16)
+    log.write({"step": 1, "loss": 2.0})
+    log.write({"step": 2, "loss": 1.0, "class_accuracy": 0.5})
+    assert log.has("class_accuracy", 2) and not log.has("class_accuracy", 1)
+    log.cut_back(1)
+    assert log.last == {"world_size": 1, "local_batch": 16, "step": 1, "loss": 2.0}
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, local_batch=16)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(RunError, match=r"cannot write .*log.jsonl"):
         log.write({"step": 1})
@@ -54,7 +66,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 def test_rates_are_of_the_interval_without_its_pauses(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    speed = Speed(flops_per_image=10**9, device=torch.device("cpu"))
+    speed = Speed(flops_per_image=10**9, device=torch.device("cpu"), precision="fp32")
     for _ in range(4):
         speed.count(32)
         speed.waited += 0.125

@@ -7,7 +7,7 @@ from PIL import Image
 
 from erd_fast.data import open_reader, write_store
 from erd_fast.training import preview
-from erd_fast.training.preview import can_judge, judge_samples, spread_labels, write_preview
+from erd_fast.training.preview import can_preview, judge_samples, spread_labels, why_not_judged, write_preview
 
 
 @pytest.fixture
@@ -64,7 +64,11 @@ def test_samples_are_judged_with_the_labels_they_were_asked_for(step, tiny, digi
 
 
 def test_pixels_with_classes_can_be_judged(tmp_path, digits):
-    labels, pixels = torch.zeros(2), torch.zeros(2, 1, 8, 8)
-    without = write_store(tmp_path / "a", [(pixels.byte(), labels)], kind="pixels", num_classes=0)
-    latents = write_store(tmp_path / "b", [(pixels, labels)], kind="sample", num_classes=1)
-    assert [can_judge(store) for store in (digits, without, latents)] == [True, False, False]
+    labels, pixels = torch.arange(120) % 2, torch.zeros(120, 1, 8, 8).byte()
+    without = write_store(tmp_path / "a", [(pixels, labels * 0)], kind="pixels", num_classes=0)
+    latents = write_store(tmp_path / "b", [(pixels.float(), labels)], kind="sample", num_classes=2)
+    few = write_store(tmp_path / "c", [(pixels[:99], labels[:99])], kind="pixels", num_classes=2)
+    large = write_store(tmp_path / "d", [(pixels.repeat(1, 1, 1, 9), labels)], kind="pixels", num_classes=2)
+    assert why_not_judged(digits) is None
+    assert [why_not_judged(store).split()[3] for store in (without, latents, few, large)] == ["a", "a", "for", "for"]
+    assert [can_preview(store) for store in (digits, without, latents)] == [True, True, False]

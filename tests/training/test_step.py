@@ -127,7 +127,7 @@ def test_totals_are_means_since_they_were_taken(make_step, tiny, digits):
 
 
 def _one_image(tmp_path, name: str, latents: torch.Tensor, **how) -> LatentStore:
-    return write_store(tmp_path / name, [(latents, torch.zeros(len(latents)))], num_classes=0, **how)
+    return write_store(tmp_path / name, [(latents, torch.zeros(len(latents)).long())], num_classes=0, **how)
 
 
 def test_latents_are_scaled_and_shifted_as_the_store_says(make_step, tiny, tmp_path):

@@ -1,0 +1,18 @@
+"""make fixtures: what it writes can be opened, and a second time costs nothing."""
+
+from fixtures import write_fixtures
+from PIL import Image
+
+from erd_fast.data import LatentStore
+
+
+def test_fixtures_are_stores_of_each_kind_and_images(tmp_path):
+    *stores, images = write_fixtures(tmp_path)
+    assert [LatentStore(path).manifest.kind for path in stores] == ["pixels", "sample", "mean_std", "mean_logvar"]
+    pictures = sorted(images.rglob("*.png"))
+    assert len(pictures) == 100
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (8, 8)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    write_fixtures(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
