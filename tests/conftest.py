@@ -96,3 +96,21 @@ def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
         return TrainStep(config, model, optimizer, process, store, device)
 
     return make
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """``at_step(n, act)``: call ``act`` within the n-th training step from now on."""
+
+    def patch(number: int, act) -> None:
+        call, taken = TrainStep.__call__, []
+
+        def counted(self, batches):
+            taken.append(None)
+            if len(taken) == number:
+                act()
+            return call(self, batches)
+
+        monkeypatch.setattr(TrainStep, "__call__", counted)
+
+    return patch

@@ -268,3 +268,24 @@ def test_the_program_ends_quietly_when_nobody_reads():
     with os.fdopen(writer, "w") as closed:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=closed, stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_what_the_system_refuses_is_one_message(monkeypatch, capsys, tmp_path):
+    def refused(self):
+        raise PermissionError(13, "Permission denied", "locked/config.yaml")
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error == "erd-fast: error: [Errno 13] Permission denied: 'locked/config.yaml'\n"
+
+
+@pytest.mark.parametrize(("option", "given"), [("--seed", "-1"), ("--cfg-scale", "nan"), ("--cfg-scale", "-1")])
+def test_sampler_settings_out_of_range_are_refused(trained, tmp_path, capsys, option, given):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(trained), "--out", str(tmp_path / "x.png"), option, given])
+    assert ended.value.code == 2
+    assert f"{option[2:].replace('-', '_')}: given {given}" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()

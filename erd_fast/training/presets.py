@@ -15,7 +15,7 @@ from erd_fast.training.config import (
 
 
 def digits() -> RunConfig:
-    """Handwritten digits, 8 x 8, class-conditional DiT. 2 CPU cores: 2 to 3 minutes, class_accuracy 0.99.
+    """Handwritten digits, 8 x 8, class-conditional DiT. 2 CPU cores: 3 minutes, class_accuracy 0.99.
 
     Bundled data (scikit-learn). The quality is that of the command in README.md.
     """

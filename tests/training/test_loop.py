@@ -2,85 +2,31 @@
 
 import fcntl
 import json
-import math
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fixtures import latent_store
 from PIL import Image
-from safetensors.torch import load_file
+from runs import Killed, checkpoints, die, events, same_weights, terminate
 
 from erd_fast.data import write_store
-from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.errors import ConfigError, RunError
 from erd_fast.sampling.images import save
 from erd_fast.training import loop
-from erd_fast.training.config import config_text, load_config
+from erd_fast.training.config import load_config
 from erd_fast.training.loop import describe, train
 from erd_fast.training.sample_run import sample_run
 from erd_fast.training.step import TrainStep, learning_rate
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """``at_step(n, act)``: call ``act`` within the n-th training step from now on."""
-
-    def patch(number: int, act) -> None:
-        call, taken = TrainStep.__call__, []
-
-        def counted(self, batches):
-            taken.append(None)
-            if len(taken) == number:
-                act()
-            return call(self, batches)
-
-        monkeypatch.setattr(TrainStep, "__call__", counted)
-
-    return patch
-
-
-def _terminate() -> None:
-    signal.raise_signal(signal.SIGTERM)
-
-
-class Killed(BaseException):
-    """Ends a run as SIGKILL does: nothing of it acts on this."""
-
-
-def _kill() -> None:
-    raise Killed
-
-
-def _events(folder: Path) -> list[tuple[str, int]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(line["event"], line["step"]) for line in lines if "event" in line]
-
-
-def _checkpoints(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
-
-
-def _same_weights(one: Path, other: Path, step: int) -> bool:
-    names = [path / "checkpoints" / f"step-{step:08d}" for path in (one, other)]
-    for file in ("model.safetensors", "ema.safetensors", "training.safetensors"):
-        first, second = (load_file(name / file) for name in names)
-        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
-            return False
-    return True
 
 
 def test_a_seed_is_a_run_bit_for_bit(tmp_path, tiny, training_lines):
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         train(tiny(train={"seed": seed}), tmp_path / name)
     one, two, other = (training_lines(tmp_path / name) for name in ("one", "two", "other"))
-    assert one == two and _same_weights(tmp_path / "one", tmp_path / "two", 6)
+    assert one == two and same_weights(tmp_path / "one", tmp_path / "two", 6)
     assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6]
     assert all(a["loss"] != b["loss"] for a, b in zip(one, other, strict=True))
 
@@ -103,7 +49,7 @@ def test_readers_give_the_same_run_bit_for_bit(tmp_path, tiny, training_lines):
     for loader in ("resident", "mmap"):
         train(tiny(data={"loader": loader}), tmp_path / loader)
     assert training_lines(tmp_path / "resident") == training_lines(tmp_path / "mmap")
-    assert _same_weights(tmp_path / "resident", tmp_path / "mmap", 6)
+    assert same_weights(tmp_path / "resident", tmp_path / "mmap", 6)
 
 
 def test_lines_of_longer_intervals_are_means_of_those_of_every_step(tmp_path, tiny, training_lines):
@@ -114,156 +60,6 @@ def test_lines_of_longer_intervals_are_means_of_those_of_every_step(tmp_path, ti
     losses = [line["loss"] for line in each]
     assert [line["loss"] for line in four] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-12)
     assert [line["grad_norm"] for line in four] == [each[3]["grad_norm"], each[5]["grad_norm"]]
-
-
-@pytest.mark.parametrize(("log_every", "stop"), [(1, 1), (1, 5), (4, 3), (4, 4), (4, 5), (4, 11)])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny, training_lines, at_step, capsys, log_every, stop):
-    config = tiny(train={"steps": 12, "log_every": log_every}, optim={"warmup": 6, "schedule": "cosine"})
-    train(config, tmp_path / "whole")
-    at_step(stop, _terminate)
-    with pytest.raises(SystemExit) as stopped:
-        train(config, tmp_path / "parts")
-    assert stopped.value.code == 143
-    assert _checkpoints(tmp_path / "parts") == [stop]
-    assert f"stopped at step {stop}; the same command goes on from there" in capsys.readouterr().out
-    train(config, tmp_path / "parts")
-    assert f"resuming at step {stop}\n" in capsys.readouterr().out
-    assert _events(tmp_path / "parts") == [("resume", stop), ("end", 12)]
-    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
-    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 12)
-
-
-@pytest.mark.parametrize("kill", [3, 5, 8, 10])
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, training_lines, at_step, kill):
-    config = tiny(train={"steps": 11, "save_every": 4})
-    train(config, tmp_path / "whole")
-    at_step(kill, _kill)
-    with pytest.raises(Killed):
-        train(config, tmp_path / "parts")
-    left = tmp_path / "parts" / "checkpoints" / ".step-00000012.x.partial"
-    left.mkdir(parents=True)
-    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')
-    begin = (kill - 1) // 4 * 4
-    at_step(1, lambda: seen.append((tmp_path / "parts" / "log.jsonl").read_text()))
-    seen: list[str] = []
-    train(config, tmp_path / "parts")
-    assert not left.exists()
-    assert [json.loads(line)["step"] for line in seen[0].splitlines()] == [*range(1, begin + 1), *[begin] * (begin > 0)]
-    assert _events(tmp_path / "parts") == [("resume", begin)] * (begin > 0) + [("end", 11)]
-    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
-    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 11)
-
-
-def _start(folder: Path, config: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "erd_fast.cli", "train", "digits", "--config", config, "--out", folder]
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-
-
-def _read_to(process: "subprocess.Popen[str]", step: int) -> str:
-    """What the process prints up to the line of ``step`` or a later one."""
-    text = ""
-    for line in process.stdout:
-        text += line
-        if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
-            return text
-    pytest.fail(f"ended before step {step}: {text}{process.stderr.read()}")
-
-
-def test_a_process_that_is_terminated_and_then_killed_goes_on_bit_for_bit(tmp_path, tiny, training_lines, digits):
-    endless = tiny(train={"steps": 10**6, "save_every": 7})
-    (tmp_path / "endless.yaml").write_text(config_text(endless))
-    folder = tmp_path / "parts"
-
-    first = _start(folder, tmp_path / "endless.yaml")
-    _read_to(first, 5)
-    first.send_signal(signal.SIGTERM)
-    out, error = first.communicate(timeout=60)
-    assert first.returncode == 143 and error == ""
-    stopped = max(_checkpoints(folder))
-    assert f"stopped at step {stopped};" in out
-    assert training_lines(folder)[-1]["step"] == stopped >= 5
-
-    second = _start(folder, tmp_path / "endless.yaml")
-    assert f"resuming at step {stopped}\n" in _read_to(second, stopped + 10)
-    time.sleep(0.03)  # anywhere: in a step, in a save
-    second.kill()
-    second.communicate(timeout=60)
-    assert second.returncode == -signal.SIGKILL
-    killed = max(_checkpoints_whole(folder))
-    assert killed > stopped
-
-    steps = killed + 9
-    train(tiny(train={"steps": steps}), folder)
-    train(tiny(train={"steps": steps}), tmp_path / "whole")
-    assert _events(folder) == [("resume", stopped), ("resume", killed), ("end", steps)]
-    assert training_lines(folder) == training_lines(tmp_path / "whole")
-    assert _same_weights(folder, tmp_path / "whole", steps)
-
-
-def _checkpoints_whole(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")]
-
-
-def test_a_finished_run_says_so_and_is_left_as_it_is(tmp_path, tiny, capsys):
-    result = train(tiny(), tmp_path / "run")
-    log = (tmp_path / "run" / "log.jsonl").read_bytes()
-    capsys.readouterr()
-    for steps in (6, 4):
-        assert train(tiny(train={"steps": steps}), tmp_path / "run") == result
-        said = f"{tmp_path / 'run'} is finished: step 6 of {steps}; raise --train.steps to go on\n"
-        assert capsys.readouterr().out == said
-    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
-    assert _checkpoints(tmp_path / "run") == [6]
-
-
-def test_more_steps_go_on_from_a_finished_run(tmp_path, tiny, training_lines):
-    train(tiny(), tmp_path / "parts")
-    for steps in (9, 12):
-        train(tiny(train={"steps": steps}), tmp_path / "parts")
-    train(tiny(train={"steps": 12}), tmp_path / "whole")
-    assert _events(tmp_path / "parts") == [("end", 6), ("resume", 6), ("end", 9), ("resume", 9), ("end", 12)]
-    assert training_lines(tmp_path / "parts") == training_lines(tmp_path / "whole")
-    assert _same_weights(tmp_path / "parts", tmp_path / "whole", 12)
-
-
-def test_a_run_goes_on_with_other_micro_batches_reader_and_place_of_the_data(
-    tmp_path, tiny, digits, training_lines, at_step
-):
-    shutil.copytree(digits.path, tmp_path / "copy")
-    at_step(5, _terminate)
-    with pytest.raises(SystemExit):
-        train(tiny(train={"steps": 12}), tmp_path / "parts")
-    changed = tiny(train={"steps": 12, "micro_batch": 4}, data={"path": str(tmp_path / "copy"), "loader": "mmap"})
-    train(changed, tmp_path / "parts")
-    train(tiny(train={"steps": 12}), tmp_path / "whole")
-    parts, whole = training_lines(tmp_path / "parts"), training_lines(tmp_path / "whole")
-    assert parts[:5] == whole[:5]
-    rounding = 2**-23 * math.sqrt(16 * 64)  # of a mean over as many terms, summed in another order
-    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=rounding)
-    assert load_config(tmp_path / "parts" / "config.yaml") == changed
-
-
-def test_other_data_are_refused(tmp_path, tiny, digits, at_step):
-    at_step(2, _terminate)
-    with pytest.raises(SystemExit):
-        train(tiny(), tmp_path / "run")
-    pixels = digits.gather(torch.arange(len(digits))).clone()
-    pixels[1796, 0, 7, 7] ^= 1
-    other = write_store(tmp_path / "other", [(pixels, digits.labels)], kind="pixels", num_classes=10)
-    with pytest.raises(RunError) as refused:
-        train(tiny(data={"path": str(other.path)}), tmp_path / "run")
-    assert digits.fingerprint in str(refused.value) and other.fingerprint in str(refused.value)
-
-
-@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "ema.safetensors", "training.safetensors"])
-def test_a_damaged_checkpoint_is_named(tmp_path, trained, tiny, name):
-    shutil.copytree(trained, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoints" / "step-00000040" / name
-    os.truncate(file, 50)
-    with pytest.raises(DataError, match=str(file)):
-        train(tiny(train={"steps": 41}, optim={"lr": 1e-2}), tmp_path / "run")
 
 
 def test_another_configuration_is_refused_and_the_run_kept(trained, tiny):
@@ -333,7 +129,7 @@ def test_a_run_stopped_before_its_first_line_can_begin_again(tmp_path, tiny, mon
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run")
     train(config, tmp_path / "run")
-    assert _checkpoints(tmp_path / "run")
+    assert checkpoints(tmp_path / "run")
 
 
 def test_a_run_on_latents_samples_latents_as_they_are_stored(tmp_path, tiny):
@@ -358,7 +154,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, tiny)
         train(config, tmp_path / "run")
     step = int(str(ended.value).split(" at step ")[1].split(",")[0])
     assert step < 40  # found when it should have been saved; the next log line would be that of step 40
-    assert _checkpoints(tmp_path / "run") == list(range(1, step))
+    assert checkpoints(tmp_path / "run") == list(range(1, step))
 
 
 def test_previews_come_at_their_steps_and_at_the_end(tmp_path, tiny):
@@ -375,7 +171,7 @@ def test_previews_and_judgements_change_nothing_in_training(tmp_path, tiny, trai
     train(tiny(), tmp_path / "plain")
     train(tiny(train={"sample_every": 1}, eval={"every": 2, "images": 20}), tmp_path / "watched")
     assert training_lines(tmp_path / "plain") == training_lines(tmp_path / "watched")
-    assert _same_weights(tmp_path / "plain", tmp_path / "watched", 6)
+    assert same_weights(tmp_path / "plain", tmp_path / "watched", 6)
     lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
     judged = [(line["step"], line["class_accuracy"]) for line in lines if "class_accuracy" in line]
     assert judged == [(2, 0.032), (4, 0.064), (6, 0.096)]
@@ -384,12 +180,12 @@ def test_previews_and_judgements_change_nothing_in_training(tmp_path, tiny, trai
 
 def test_a_run_killed_in_its_last_judgement_judges_when_it_goes_on(tmp_path, tiny, monkeypatch, training_lines):
     config = tiny(eval={"images": 20})
-    monkeypatch.setattr(loop, "judge_samples", lambda *given: _kill())
+    monkeypatch.setattr(loop, "judge_samples", lambda *given: die())
     with pytest.raises(Killed):
         train(config, tmp_path / "run")
     monkeypatch.setattr(loop, "judge_samples", lambda *given: {"class_accuracy": 0.5})
     assert train(config, tmp_path / "run")["class_accuracy"] == 0.5
-    assert _events(tmp_path / "run") == [("resume", 6), ("end", 6)]
+    assert events(tmp_path / "run") == [("resume", 6), ("end", 6)]
     assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -441,13 +237,13 @@ def test_an_interrupt_saves_and_exits_with_its_number(tmp_path, tiny, at_step):
     at_step(2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         train(tiny(), tmp_path / "run")
-    assert stopped.value.code == 130 and _checkpoints(tmp_path / "run") == [2]
+    assert stopped.value.code == 130 and checkpoints(tmp_path / "run") == [2]
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, tiny, at_step):
-    at_step(6, _terminate)
+    at_step(6, terminate)
     train(tiny(), tmp_path / "run")
-    assert _events(tmp_path / "run") == [("end", 6)]
+    assert events(tmp_path / "run") == [("end", 6)]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
