@@ -1,9 +1,9 @@
 """make fixtures: what it writes can be opened, and a second time costs nothing."""
 
-from fixtures import write_fixtures
 from PIL import Image
 
 from erd_fast.data import LatentStore
+from fixtures import write_fixtures
 
 
 def test_fixtures_are_stores_of_each_kind_and_images(tmp_path):

@@ -8,9 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from fixtures import latent_store
 from PIL import Image
-from runs import Killed, checkpoints, die, events, same_weights, terminate
 
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError, RunError
@@ -20,6 +18,8 @@ from erd_fast.training.config import load_config
 from erd_fast.training.loop import describe, train
 from erd_fast.training.sample_run import sample_run
 from erd_fast.training.step import TrainStep, learning_rate
+from fixtures import latent_store
+from run_folders import Killed, checkpoints, die, events, same_weights, terminate
 
 
 def test_a_seed_is_a_run_bit_for_bit(tmp_path, tiny, training_lines):
