@@ -171,6 +171,9 @@ class _Run:
                 f"{self.folder} was trained on a store with fingerprint {state.data}, {self.store.path} has "
                 f"{self.store.fingerprint}; data.path may name a copy, not other data"
             )
+        if state.step > steps:
+            print(f"{self.folder} is at step {state.step}, past train.steps {steps}; nothing to do", flush=True)
+            return False
         restore(newest, state, self.step)
         write_text(config_file, config_text(self.config))
         self.done = state.step

@@ -149,6 +149,16 @@ def test_a_run_goes_on_with_other_micro_batches_reader_and_place_of_the_data(
     assert load_config(tmp_path / "parts" / "config.yaml") == changed
 
 
+def test_fewer_steps_than_a_stopped_run_has_taken_change_nothing(tmp_path, tiny, at_step, capsys):
+    at_step(5, terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    train(tiny(train={"steps": 3}), tmp_path / "run")
+    assert "is at step 5, past train.steps 3; nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_other_data_are_refused(tmp_path, tiny, digits, at_step):
     at_step(2, terminate)
     with pytest.raises(SystemExit):
