@@ -74,12 +74,13 @@ class Sample:
 
     def __call__(self) -> None:
         from erd_fast.sampling.images import check_output, save
-        from erd_fast.training.sample_run import sample_run
+        from erd_fast.training.sample_run import find_checkpoint, sample_run
 
+        checkpoint = find_checkpoint(self.source)
         check_output(self.out)
         interval = GuidanceInterval(*self.guidance_interval, self.guidance_unit) if self.guidance_interval else None
         samples, labels = sample_run(
-            self.source,
+            checkpoint,
             self.n,
             classes=self.classes,
             steps=self.steps,

@@ -289,3 +289,11 @@ def test_sampler_settings_out_of_range_are_refused(trained, tmp_path, capsys, op
     assert ended.value.code == 2
     assert f"{option[2:].replace('-', '_')}: given {given}" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_run_that_is_not_there_leaves_no_output_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(tmp_path / "typo"), "--out", str(tmp_path / "pictures")])
+    assert ended.value.code == 1
+    assert "typo is no checkpoint and no run with one" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -40,9 +40,7 @@ def sample_run(
         ConfigError: count, classes or sampler settings are not allowed. DataError: no checkpoint there, or a damaged
             one.
     """
-    checkpoint = path if (path / "state.json").is_file() else latest_checkpoint(path / "checkpoints")
-    if checkpoint is None:
-        raise DataError(f"{path} is no checkpoint and no run with one (no state.json, no checkpoints/step-*)")
+    checkpoint = find_checkpoint(path)
     if count < 1:
         raise ConfigError(f"n: given {count}, allowed 1 or more")
     if not 0 <= seed < 2**64:
@@ -65,6 +63,14 @@ def sample_run(
     )
     named = None if labels is None else labels.numpy()
     return (to_pixels(samples) if state.kind == "pixels" else _latents(samples, state)), named
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``path`` if it is a checkpoint, else the newest one of the run ``path``. Raises DataError if there is none."""
+    checkpoint = path if (path / "state.json").is_file() else latest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        raise DataError(f"{path} is no checkpoint and no run with one (no state.json, no checkpoints/step-*)")
+    return checkpoint
 
 
 def _latents(samples: Tensor, state: CheckpointState) -> Latents:
