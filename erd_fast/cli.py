@@ -73,12 +73,13 @@ class Sample:
     """Averaged weights."""
 
     def __call__(self) -> None:
-        from erd_fast.sampling.images import check_output, save
+        from erd_fast.sampling.images import check_output, prepare_output, save
         from erd_fast.training.sample_run import find_checkpoint, sample_run
 
-        checkpoint = find_checkpoint(self.source)
         check_output(self.out)
         interval = GuidanceInterval(*self.guidance_interval, self.guidance_unit) if self.guidance_interval else None
+        checkpoint = find_checkpoint(self.source)
+        prepare_output(self.out)
         samples, labels = sample_run(
             checkpoint,
             self.n,

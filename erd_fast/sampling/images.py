@@ -70,13 +70,13 @@ def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
 
 
 def check_output(out: Path) -> None:
-    """Make the folder of ``out``, so that samples are not drawn in vain.
-
-    Raises:
-        ConfigError: ``out`` ends like a file that :func:`save` cannot write. RunError: no permission.
-    """
+    """Raise ConfigError if ``out`` ends like a file that :func:`save` cannot write."""
     if re.fullmatch(r"\.[A-Za-z]+\d?", out.suffix) and out.suffix not in SUFFIXES:
         raise ConfigError(f"out: given {out}, allowed a name ending in .png or .npz, or a folder")
+
+
+def prepare_output(out: Path) -> None:
+    """Make the folder that ``out`` needs, so that samples are not drawn in vain. Raises RunError without permission."""
     make_folder(out.parent if out.suffix in SUFFIXES else out)
 
 
@@ -88,6 +88,7 @@ def save(samples: Pixels | Latents, labels: NDArray[np.int64] | None, out: Path,
         ConfigError: another ending. RunError: no permission.
     """
     check_output(out)
+    prepare_output(out)
     pictures = cast(Pixels, samples)
     if samples.dtype != np.uint8 and out.suffix != ".npz":
         raise ConfigError(f"out: given {out}; the run is on latents, which are no pictures yet; allowed a name in .npz")
