@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -108,6 +108,25 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lab:
+    """Run an experiment of the paper's laboratory: pictures, tables and a page.
+
+    weights: every weighting on every target and schedule, with the identities between them (2 CPU cores: 20 seconds).
+    """
+
+    experiment: tyro.conf.Positional[Literal["weights"]]
+    """Which one."""
+    out: Path
+    """Folder for what it writes."""
+
+    def __call__(self) -> None:
+        from erd_fast.lab.weights import write_weights
+
+        for path in write_weights(self.out):
+            print(f"wrote {path}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Info:
     """What is installed, which backend each op uses, and why not the others."""
 
@@ -178,6 +197,7 @@ def _commands(default: Train) -> Any:
         Annotated[Train, subcommand("train", default=default, description=described)]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Lab, subcommand("lab")]
         | Annotated[Info, subcommand("info")]
     )
 

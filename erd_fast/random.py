@@ -201,11 +201,38 @@ def sample_order(seed: int, g: Tensor, dataset_size: int) -> Tensor:
     if not 1 <= dataset_size <= 1 << 32:
         raise ValueError(f"dataset_size: given {dataset_size}, allowed 1 to 2**32")
     epoch, position = g // dataset_size, g % dataset_size
-    blocks = torch.arange(-(-ORDER_ROUNDS // 4), dtype=torch.int64, device=g.device)
-    keys = words(seed, Purpose.ORDER, Stream.SCALARS, epoch, blocks).flatten(1)[:, :ORDER_ROUNDS].unbind(1)
-    side = max(math.isqrt(dataset_size - 1) + 1, _SMALLEST_SIDE)
-    index = _feistel(position, keys, side)
-    while (outside := index >= dataset_size).any():
+    return _bijection(position, _round_keys(seed, Purpose.ORDER, epoch, first_block=0), dataset_size)
+
+
+def stratum(seed: int, purpose: Purpose, g: Tensor, strata: int) -> Tensor:
+    """Which of ``strata`` equal parts of the unit interval each image takes: every part once in a batch.
+
+    A batch is ``strata`` images: ``batch = g // strata``; the position ``g % strata`` goes through the bijection of
+    :func:`sample_order`, with round keys from blocks 1, 2, 3 of the ``SCALARS`` stream of ``batch`` (block 0 is an
+    image's own).
+
+    Returns:
+        (N,) int64 in [0, strata).
+    """
+    keys = _round_keys(seed, purpose, g // strata, first_block=1)
+    return _bijection(g % strata, keys, strata)
+
+
+def stratified_word(word: Tensor, part: Tensor, strata: int) -> Tensor:
+    """A word within its stratum: (part * 2**32 + word) // strata, in [0, 2**32), for strata <= 2**31."""
+    return ((part << 32) + word) // strata
+
+
+def _round_keys(seed: int, purpose: Purpose, g: Tensor, first_block: int) -> tuple[Tensor, ...]:
+    blocks = first_block + torch.arange(-(-ORDER_ROUNDS // 4), dtype=torch.int64, device=g.device)
+    return words(seed, purpose, Stream.SCALARS, g, blocks).flatten(1)[:, :ORDER_ROUNDS].unbind(1)
+
+
+def _bijection(index: Tensor, keys: tuple[Tensor, ...], size: int) -> Tensor:
+    """A permutation of [0, size): Feistel rounds on pairs, walked until the result is below ``size``."""
+    side = max(math.isqrt(size - 1) + 1, _SMALLEST_SIDE)
+    index = _feistel(index, keys, side)
+    while (outside := index >= size).any():
         index = torch.where(outside, _feistel(index, keys, side), index)
     return index
 

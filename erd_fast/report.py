@@ -1,30 +1,20 @@
-"""Run folder -> ``report.html``: one page with its pictures in it, to read offline, send or keep.
+"""Run folder -> ``report.html``: one page with its charts, tables and samples. What a run lacks is left out."""
 
-It needs no network and no script. Charts are SVG whose colours are CSS variables, which follow the reader's
-light or dark setting; sample grids are the run's PNG files, byte for byte. What a run lacks is left out.
-"""
-
-import base64
 import dataclasses
-import html
-import io
-import platform
 import re
-import struct
-from collections.abc import Callable, Iterable, Sequence
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-import erd_fast
-from erd_fast.diffusion import get_schedule, resolve_target, weight_table
+from erd_fast import page
 from erd_fast.errors import RunError
 from erd_fast.files import read_json, write_text
 from erd_fast.training.config import RunConfig, load_config
 from erd_fast.training.metrics import read_log
+from erd_fast.training.step import make_process
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,52 +52,7 @@ _CURVES = {
     "images_per_sec": ("Training speed", "images/s", "Without previews, evaluations and checkpoints.", 0.0),
     "data_wait_pct": ("Data wait", "% of time", "Time that steps waited for their batch.", 1.0),
 }
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _EVENTS = {"resume": "resumed from the checkpoint of this step", "end": "finished"}
-
-# Colours that charts are drawn in, and the CSS variables that take their place.
-_INK, _MUTED, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--rule)", _ACCENT: "var(--accent)"}
-_BIN_COLOURS = ("#2b83c6", "#9274c8", "#d8634a", "#d99a2b")  # least to most noise; on white and on black
-_STYLE: dict[str, Any] = {
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MUTED),
-    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
-    **{"axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.6, "text.color": _INK},
-    **{"font.size": 8.5, "lines.linewidth": 1.4, "lines.markersize": 2.2, "svg.fonttype": "none"},
-}
-_CSS = """
-:root { color-scheme: light dark; --page: #fcfcfa; --card: #f3f2ee; --ink: #1d1f22; --muted: #62676e;
-  --rule: #dddbd5; --accent: #2468ad; }
-@media (prefers-color-scheme: dark) { :root { --page: #15171a; --card: #1e2125; --ink: #e8e6e1;
-  --muted: #a0a5ac; --rule: #353a40; --accent: #76b0ee; } }
-* { box-sizing: border-box; overflow-wrap: anywhere; }
-body { margin: 0 auto; max-width: 1100px; padding: 2.5rem 1.25rem 3rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0; } h1 span { color: var(--muted); font-weight: 400; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 3rem 0 1rem; } p { margin: .4rem 0 0; }
-h2, footer { padding-top: .75rem; border-top: 1px solid var(--rule); } footer { margin-top: 3rem; }
-.note, figcaption, footer { color: var(--muted); font-size: .875rem; } .note { margin: -.6rem 0 1rem; }
-.tiles, .grid, .strip { display: grid; gap: 2rem 2.5rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-.strip { gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
-.tiles { gap: .75rem; margin: 1.75rem 0 0; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: .8rem 1rem;
-  background: var(--card); border-radius: 8px; }
-.tiles dt, .metrics td:last-child, thead th { color: var(--muted); } .tiles dt { font-size: .8125rem; }
-.tiles dd { margin: 0; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-figure { margin: 0; min-width: 0; } figcaption strong { display: block; color: var(--ink); font-size: 1rem; }
-svg, img { display: block; width: 100%; height: auto; margin: .4rem 0; stroke-linejoin: round; }
-img { image-rendering: pixelated; border-radius: 4px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; font-weight: 400; }
-tr { border-bottom: 1px solid var(--rule); } tbody th { width: 14rem; white-space: nowrap; }
-.metrics tbody th, .config th { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
-.config { columns: 26rem 2; column-gap: 2.5rem; } .config table { break-inside: avoid; margin: 0 0 1rem; }
-@media (max-width: 600px) { body { padding: 1.5rem 1rem 2rem; } thead { display: none; }
-  .metrics tr { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem; padding: .35rem 0; }
-  .metrics th, .metrics td { padding: 0; }
-  .metrics td:last-child { grid-column: 1 / -1; } .metrics td:nth-child(2) { text-align: right; } }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,81 +108,53 @@ def _samples(folder: Path) -> list[tuple[int, bytes]]:
 
 
 def _page(run: _Run) -> str:
-    title = html.escape(f"{run.name} · {run.config.model.name}")
     smoothed = "Each point is the mean of several log lines." if len(run.lines) > _MOST_POINTS else ""
-    sections = [
+    parts = [
         _header(run),
         _tiles(run),
-        _section("Samples", _final_samples(run)),
-        _section("Training", _grid(_curve_chart(run, "loss"), _curve_chart(run, "grad_norm")), smoothed),
-        _section("Noise levels", _grid(_loss_by_t_chart(run), _weight_chart(run))),
-        _section("Samples over training", _sample_strip(run), "The same noise and labels each time."),
-        _section("Speed", _grid(_curve_chart(run, "images_per_sec"), _curve_chart(run, "data_wait_pct"))),
-        _section("Metrics", _metrics_table(run), "The last value of each."),
-        _section("Events", _events_table(run)),
-        _section("Configuration", _config_tables(run)),
-        _footer(),
+        page.section("Samples", _final_samples(run)),
+        page.section("Training", page.grid(_curve_chart(run, "loss"), _curve_chart(run, "grad_norm")), smoothed),
+        page.section("Noise levels", page.grid(_loss_by_t_chart(run), _weight_chart(run))),
+        page.section("Samples over training", _sample_strip(run), "The same noise and labels each time."),
+        page.section("Speed", page.grid(_curve_chart(run, "images_per_sec"), _curve_chart(run, "data_wait_pct"))),
+        page.section("Metrics", _metrics_table(run), "The last value of each."),
+        page.section("Events", _events_table(run)),
+        page.section("Configuration", _config_tables(run)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{_lines(sections)}\n</body>\n</html>\n"
-    )
-
-
-def _lines(parts: Iterable[str]) -> str:
-    return "\n".join(part for part in parts if part)
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{note}</p>' if note else ""
-    return _lines(["<section>", f"<h2>{title}</h2>", note, body, "</section>"]) if body else ""
-
-
-def _grid(*charts: str) -> str:
-    return f'<div class="grid">\n{_lines(charts)}\n</div>' if any(charts) else ""
+    return page.page(f"{run.name} · {run.config.model.name}", parts)
 
 
 def _header(run: _Run) -> str:
     given, data = run.config.diffusion, run.config.data.path or "No data set"
     summary = f"{data}: {given.target} target, {given.schedule} schedule, {given.weighting} weighting"
-    name, model = html.escape(run.name), html.escape(run.config.model.name)
-    return f"<header>\n<h1>{name} <span>{model}</span></h1>\n<p>{html.escape(summary)}</p>\n</header>"
+    return page.header(run.name, run.config.model.name, summary)
 
 
 def _tiles(run: _Run) -> str:
     """The headline figures."""
     metrics = run.metrics
     numbers = {name: metrics[name] for name in _HEADLINES if isinstance(metrics.get(name), int | float)}
-    tiles = {_HEADLINES[name]: _number(value) for name, value in numbers.items()}
+    tiles = {_HEADLINES[name]: page.number(value) for name, value in numbers.items()}
     if "class_accuracy" in numbers:
         tiles["class accuracy"] = f"{100 * numbers['class_accuracy']:.1f} %"
     steps = max((line.get("step", 0) for line in [*run.lines, *run.events, metrics]), default=0)
     if steps:
-        tiles[f"of {run.config.train.steps:,} steps"] = _number(steps)
-    rows = _lines(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in tiles.items())
-    return f'<dl class="tiles">\n{rows}\n</dl>' if tiles else ""
+        tiles[f"of {run.config.train.steps:,} steps"] = page.number(steps)
+    return page.tiles(tiles)
 
 
 def _final_samples(run: _Run) -> str:
     how = f", {run.config.eval.sampler_steps} Heun steps, guidance scale {run.config.eval.cfg_scale:g}"
-    return _lines(_picture(step, png, how) for step, png in run.samples[-1:])
+    return page.lines(_picture(step, png, how) for step, png in run.samples[-1:])
 
 
 def _sample_strip(run: _Run) -> str:
-    pictures = _lines(_picture(step, png) for step, png in run.samples)
+    pictures = page.lines(_picture(step, png) for step, png in run.samples)
     return f'<div class="strip">\n{pictures}\n</div>' if len(run.samples) > 1 else ""
 
 
 def _picture(step: int, png: bytes, more: str = "") -> str:
-    """At most a whole multiple of the picture's own size, so that all its pixels are equally large."""
-    width, height = struct.unpack(">II", png[16:24])
-    size = f'width="{width}" height="{height}" style="max-width: {width * max(1, 1060 // width)}px"'
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    image = f'<img src="{source}" {size} alt="Grid of samples at step {step:,}">'
-    return f"<figure>{image}<figcaption>step {step:,}{more}</figcaption></figure>"
+    return page.picture(png, f"Grid of samples at step {step:,}", f"step {step:,}{more}", magnify=True)
 
 
 def _curve_chart(run: _Run, metric: str) -> str:
@@ -249,11 +166,11 @@ def _curve_chart(run: _Run, metric: str) -> str:
     steps, values = _thin(np.array(found, dtype=np.float64)).T
 
     def draw(axes: "Axes") -> None:
-        axes.plot(steps, values, color=_ACCENT)
+        axes.plot(steps, values, color=page.ACCENT)
         _step_axes(axes, unit, least_top)
 
-    alt = f"{title}, {unit}: {_number(begin)} at step {first:,}, {_number(end)} at step {last:,}."
-    return _chart(metric, title, note, alt, draw)
+    alt = f"{title}, {unit}: {page.number(begin)} at step {first:,}, {page.number(end)} at step {last:,}."
+    return page.chart(metric, title, note, alt, draw)
 
 
 def _loss_by_t_chart(run: _Run) -> str:
@@ -266,7 +183,7 @@ def _loss_by_t_chart(run: _Run) -> str:
     def draw(axes: "Axes") -> None:
         from matplotlib.colors import LinearSegmentedColormap
 
-        colours = LinearSegmentedColormap.from_list("noise", _BIN_COLOURS)(np.linspace(0, 1, bins))
+        colours = LinearSegmentedColormap.from_list("noise", page.NOISE_COLOURS)(np.linspace(0, 1, bins))
         for number, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
             label = f"{number + 1}: {number / bins:.2g} to {(number + 1) / bins:.2g}"
             found = ~np.isnan(curve)
@@ -275,50 +192,30 @@ def _loss_by_t_chart(run: _Run) -> str:
         axes.figure.legend(title="bin: t/T", loc="outside right center", fontsize=7.5, title_fontsize=7.5)
 
     last, *ends = rows[-1]
-    alt = f"Unweighted loss by noise level over training; bins 1 to {bins} at step {last:,}: {_text(ends)}."
+    alt = f"Unweighted loss by noise level over training; bins 1 to {bins} at step {last:,}: {page.text(ends)}."
     note = f"Unweighted; bin 1 has the least noise, bin {bins} the most."
-    return _chart("loss_by_t", "Loss by noise level", note, alt, draw)
+    return page.chart("loss_by_t", "Loss by noise level", note, alt, draw)
 
 
 def _weight_chart(run: _Run) -> str:
     given = run.config.diffusion
-    schedule = get_schedule(given.schedule)
-    table = weight_table(given.weighting, resolve_target(given.target), schedule, given.normalize)
+    with warnings.catch_warnings(action="ignore"):  # training gave them
+        process = make_process(run.config)
+    schedule = process.schedule
     shown = np.linspace(0, len(schedule) - 1, 200).round().astype(int)
-    time, weight = (shown + 0.5 * (not schedule.discrete)) / len(schedule), table[shown]
+    time, weight = (shown + 0.5 * (not schedule.discrete)) / len(schedule), process.weight.numpy()[shown]
 
     def draw(axes: "Axes") -> None:
-        axes.plot(time, weight, color=_ACCENT, label=given.weighting)
-        axes.plot([0, 1], [1, 1], color=_MUTED, linestyle="--", label="constant 1")
+        axes.plot(time, weight, color=page.ACCENT, label=given.weighting)
+        if process.density is not None:
+            axes.plot(time, process.density[shown] * len(schedule), color=page.INK, label="density of t")
+        axes.plot([0, 1], [1, 1], color=page.MUTED, linestyle="--", label="constant 1")
         axes.set(xlabel="t/T (0: data, 1: noise)", ylabel="weight w(t)", xlim=(0, 1), ylim=(0, None))
         axes.legend()
 
-    alt = f"Weight {given.weighting}, least to most noise: {_text(weight[[0, 50, 100, 149, 199]].tolist())}."
-    note = f"For target {given.target}, schedule {given.schedule}, normalize {given.normalize}."
-    return _chart("weight", "Loss weighting", note, alt, draw)
-
-
-def _chart(name: str, title: str, note: str, alt: str, draw: Callable[["Axes"], None]) -> str:
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context(_STYLE | {"svg.hashsalt": name}, after_reset=True):
-        figure = Figure(figsize=(4.7, 2.8), layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True)
-    caption = f"<figcaption><strong>{title}</strong>{html.escape(note)}</figcaption>"
-    return f"<figure>{caption}{_inline(file.getvalue(), name, html.escape(alt))}</figure>"
-
-
-def _inline(svg: str, name: str, label: str) -> str:
-    """Matplotlib's SVG file as an element of a page: own identifiers, the page's font and colours, label."""
-    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' font-family: [^;"]*;| xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    alt = f"Weight {given.weighting}, least to most noise: {page.text(weight[[0, 50, 100, 149, 199]].tolist())}."
+    note = f"For target {given.target}, schedule {given.schedule}, normalize {given.normalize}, t {given.t_sampler}."
+    return page.chart("weight", "Loss weighting", note, alt, draw)
 
 
 def _step_axes(axes: "Axes", ylabel: str, least_top: float | None) -> None:
@@ -348,13 +245,13 @@ def _thin(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _metrics_table(run: _Run) -> str:
-    rows = [(name, _text(value), _MEANINGS.get(name, "")) for name, value in run.metrics.items()]
-    return f'<div class="metrics">{_table(rows, "Metric", "Value", "Meaning")}</div>' if rows else ""
+    rows = [(name, page.text(value), _MEANINGS.get(name, "")) for name, value in run.metrics.items()]
+    return f'<div class="metrics">{page.table(rows, "Metric", "Value", "Meaning")}</div>' if rows else ""
 
 
 def _events_table(run: _Run) -> str:
     events = ((event["event"], event.get("step")) for event in run.events)
-    return _table([(f"step {_text(step)}", _EVENTS.get(event, str(event))) for event, step in events])
+    return page.table([(f"step {page.text(step)}", _EVENTS.get(event, str(event))) for event, step in events])
 
 
 def _config_tables(run: _Run) -> str:
@@ -364,36 +261,4 @@ def _config_tables(run: _Run) -> str:
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         shown = "not set" if value in (None, "") else text
         sections.setdefault(name.split(".")[0], []).append((name, shown))
-    return f'<div class="config">\n{_lines(map(_table, sections.values()))}\n</div>'
-
-
-def _table(rows: Sequence[tuple[str, ...]], *titles: str) -> str:
-    """Rows of plain text; the first cell names its row."""
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    body = []
-    for name, *cells in rows:
-        data = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        body.append(f'<tr><th scope="row">{html.escape(name)}</th>{data}</tr>')
-    head = f"<thead><tr>{head}</tr></thead>" if titles else ""
-    return f"<table>{head}<tbody>\n{_lines(body)}\n</tbody></table>" if rows else ""
-
-
-def _footer() -> str:
-    import matplotlib
-
-    versions = {"erd-fast": erd_fast, "PyTorch": torch, "Matplotlib": matplotlib}
-    text = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-    return f"<footer>Written with {html.escape(text)}, Python {platform.python_version()}.</footer>"
-
-
-def _number(value: float) -> str:
-    """Four significant digits; whole numbers and large ones with their thousands separated."""
-    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(_text(item) for item in value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _number(value)
-    return "none" if value is None else str(value)
+    return f'<div class="config">\n{page.lines(map(page.table, sections.values()))}\n</div>'

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from erd_fast.data import LatentStore, open_dataset
-from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.models import create_model
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import (
@@ -24,7 +23,7 @@ from erd_fast.training.config import (
     TrainConfig,
 )
 from erd_fast.training.loop import model_arguments, train
-from erd_fast.training.step import TrainStep
+from erd_fast.training.step import TrainStep, make_process
 
 TINY = RunConfig(
     train=TrainConfig(steps=6, batch_size=16, precision="fp32", log_every=1, save_every=0, sample_every=0),
@@ -88,12 +87,9 @@ def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
 
     def make(config: RunConfig, store: LatentStore = digits) -> TrainStep:
         model = create_model(**model_arguments(config, store), seed=config.train.seed)
-        optim, objective, device = config.optim, config.diffusion, torch.device("cpu")
+        optim, device = config.optim, torch.device("cpu")
         optimizer = AdamWEMA(model.parameters(), lr=optim.lr, ema_decay=optim.ema_decay, grad_clip=optim.grad_clip)
-        process = DiffusionProcess(
-            get_schedule(objective.schedule), objective.target, objective.weighting, objective.normalize, device
-        )
-        return TrainStep(config, model, optimizer, process, store, device)
+        return TrainStep(config, model, optimizer, make_process(config), store, device)
 
     return make
 

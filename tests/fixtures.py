@@ -1,15 +1,19 @@
-"""Small real inputs, written by ``make fixtures``: stores of each kind and a folder of images, all from the digits."""
+"""Small real inputs, written by ``make fixtures``: stores of each kind, IDX files and a folder of images."""
 
 import functools
+import gzip
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from erd_fast.data import LatentKind, LatentStore, write_store
+from erd_fast.data.idx import IDX_NAMES
 from erd_fast.data.importers import import_digits
 from erd_fast.files import make_folder
 from erd_fast.random import Purpose, Stream, normals
@@ -23,6 +27,7 @@ def write_fixtures(folder: Path) -> list[Path]:
         "latents-sample": functools.partial(latent_store, kind="sample"),
         "latents-mean_std": functools.partial(latent_store, kind="mean_std"),
         "latents-mean_logvar": functools.partial(latent_store, kind="mean_logvar"),
+        "idx": _idx_folder,
         "images": _image_folder,
     }
     for name, make in makers.items():
@@ -46,6 +51,23 @@ def latent_store(path: Path, kind: LatentKind, count: int = 256, shard_size: int
         shift=(1.0,) * 4,
         shard_size=shard_size,
     )
+
+
+def _idx_folder(path: Path) -> None:
+    """All digits, enlarged to 28 x 28, as the gzipped IDX files of MNIST."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = [Image.fromarray((pixels * (255 / 16)).round().astype("uint8")) for pixels in digits.images]
+    images = np.stack([np.asarray(picture.resize((28, 28), Image.Resampling.BICUBIC)) for picture in small])
+    make_folder(path)
+    for name, array in zip(IDX_NAMES, (images, digits.target), strict=True):
+        (path / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array), mtime=0))
+
+
+def idx_bytes(array: NDArray[Any]) -> bytes:
+    """An array of 0 to 255 as an IDX file."""
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 def _image_folder(path: Path) -> None:

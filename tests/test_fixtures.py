@@ -3,11 +3,13 @@
 from PIL import Image
 
 from erd_fast.data import LatentStore
+from erd_fast.data.idx import find_idx
 from fixtures import write_fixtures
 
 
 def test_fixtures_are_stores_of_each_kind_and_images(tmp_path):
-    *stores, images = write_fixtures(tmp_path)
+    *stores, idx, images = write_fixtures(tmp_path)
+    assert find_idx(idx)
     assert [LatentStore(path).manifest.kind for path in stores] == ["pixels", "sample", "mean_std", "mean_logvar"]
     pictures = sorted(images.rglob("*.png"))
     assert len(pictures) == 100

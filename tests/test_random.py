@@ -17,6 +17,8 @@ from erd_fast.random import (
     normals,
     philox_4x32,
     sample_order,
+    stratified_word,
+    stratum,
     unit_interval,
     words,
 )
@@ -192,10 +194,11 @@ def test_bounded_is_uniform():
     assert scipy.stats.chisquare(counts.numpy()).pvalue >= RARE  # 200 expected in each cell
 
 
-def _order_in_integers(seed: int, g: int, size: int) -> int:
+def _order_in_integers(seed: int, g: int, size: int, purpose: Purpose = Purpose.ORDER, first_block: int = 0) -> int:
     """The documented network in Python's integers: 12 rounds, MurmurHash3's finalizer, walked until below ``size``."""
     epoch, index = divmod(g, size)
-    keys = words(seed, Purpose.ORDER, Stream.SCALARS, torch.tensor([epoch]), torch.arange(3)).flatten().tolist()
+    blocks = torch.arange(first_block, first_block + 3)
+    keys = words(seed, purpose, Stream.SCALARS, torch.tensor([epoch]), blocks).flatten().tolist()
     side = max(math.ceil(math.sqrt(size)), 8)
     while True:
         left, right = divmod(index, side)
@@ -292,3 +295,55 @@ def test_neighbouring_epochs_are_unrelated():
 def test_order_refuses_sizes(size):
     with pytest.raises(ValueError, match=rf"dataset_size: given {size}, allowed 1 to 2\*\*32"):
         sample_order(0, torch.arange(3), size)
+
+
+SIZES = [1, 2, 3, 7, 63, 64, 65, 100, 1000]
+
+
+@pytest.mark.parametrize("size", [*SIZES, 1 << 31])
+@pytest.mark.parametrize("purpose", [Purpose.TRAIN, Purpose.EVAL])
+def test_a_stratum_is_the_documented_network_of_the_batch(size, purpose):
+    g = torch.tensor([0, 1, size - 1, size, 5 * size + size // 3, (1 << 40) + 7])
+    expected = [_order_in_integers(SEED, number, size, purpose, first_block=1) for number in g.tolist()]
+    assert stratum(SEED, purpose, g, size).tolist() == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_batch_takes_every_stratum_once_in_an_order_of_its_own(size):
+    batches = torch.cat((torch.arange(50), torch.tensor([1 << 32, 1 << 40])))
+    g = batches[:, None] * size + torch.arange(size)
+    found = stratum(SEED, Purpose.TRAIN, g.flatten(), size).view(-1, size)
+    assert torch.equal(found.sort(dim=1).values, torch.arange(size).expand_as(found))
+    if size >= 63:
+        assert len(found.unique(dim=0)) == len(found)
+        # Its order says nothing of the samples': where they agree is Poisson with one place a batch.
+        same = (found == sample_order(SEED, g.flatten(), size).view(-1, size)).sum()
+        assert same <= scipy.stats.poisson.isf(RARE, len(found))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_strata_of_small_batches_are_unbiased(size):
+    found = stratum(SEED, Purpose.TRAIN, torch.arange(5000 * size), size).view(5000, size)
+    for position in found.unbind(1):
+        assert scipy.stats.chisquare(position.bincount(minlength=size).numpy()).pvalue >= RARE
+
+
+@given(data=st.data(), strata=st.integers(1, 1 << 31) | st.sampled_from([1, 2, 3, (1 << 31) - 1, 1 << 31]))
+@settings(deadline=None, max_examples=60)
+def test_a_stratified_word_lies_within_its_part(data, strata):
+    part = data.draw(st.sampled_from([0, strata - 1]) | st.integers(0, strata - 1))
+    word = data.draw(st.sampled_from([0, WORD]) | st.integers(0, WORD))
+    found = stratified_word(torch.tensor([word]), torch.tensor([part]), strata).item()
+    assert 0 <= found <= WORD
+    # A word stands for the interval [w, w + 1): of the part's, it is the one with the place that the word had in all.
+    assert found * strata <= (part << 32) + word < (found + 1) * strata
+    assert part * 2**32 < (found + 1) * strata and found * strata < (part + 1) * 2**32
+    if strata & (strata - 1) == 0:  # the borders of parts are whole words
+        assert part << 32 <= found * strata < (part + 1) << 32
+
+
+def test_the_words_of_one_stratum_are_all_words():
+    word = torch.tensor([0, 1, 12345, WORD])
+    assert torch.equal(stratified_word(word, torch.zeros(4, dtype=torch.int64), 1), word)
+    ends = stratified_word(word[[0, -1]], torch.tensor([3, 3]), 8)
+    assert ends.tolist() == [3 << 29, (4 << 29) - 1]

@@ -1,10 +1,12 @@
 """Data sets into stores: what ``data.path`` may name, and how it becomes a store on first use."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from erd_fast.data.idx import find_idx, idx_identity, import_idx
 from erd_fast.data.store import LatentStore, write_store
 from erd_fast.errors import DataError, unknown_name
 from erd_fast.files import cache_folder
@@ -27,22 +29,36 @@ def import_digits(path: Path) -> LatentStore:
 BUNDLED: dict[str, Callable[[Path], LatentStore]] = {"digits": import_digits}
 
 
-def open_dataset(path: str, verify: bool | None = None) -> LatentStore:
-    """Open ``path``: the name of a bundled data set, imported into the cache on first use, or the folder of a store.
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts its IDX files
 
-    A folder that has a bundled set's name is ``./digits``.
+
+def open_dataset(path: str, verify: bool | None = None) -> LatentStore:
+    """Open ``path``: a bundled data set's name, the folder of a store, or a folder of IDX files.
+
+    What is no store yet is imported into the cache on first use. A folder that has a bundled set's name is
+    ``./digits``.
 
     Raises:
-        DataError: neither a folder nor a bundled name, or the store is damaged.
+        DataError: none of these, or the store or the files are damaged.
     """
-    if path not in BUNDLED:
-        if Path(path).is_dir():
-            return LatentStore(path, verify)
-        raise DataError(f"data.path: {path} is no folder, and {unknown_name('bundled data set', path, BUNDLED)}")
-    cached = cache_folder("stores") / path
+    if path in BUNDLED:
+        return _cached(path, BUNDLED[path], verify)
+    folder = Path(path)
+    if not folder.is_dir():
+        remedy = "; Debian's package dataset-fashion-mnist makes it" if path == FASHION_MNIST else ""
+        raise DataError(
+            f"data.path: {path} is no folder{remedy}, and {unknown_name('bundled data set', path, BUNDLED)}"
+        )
+    if (folder / "manifest.json").is_file() or (files := find_idx(folder)) is None:
+        return LatentStore(folder, verify)
+    return _cached(idx_identity(files), functools.partial(import_idx, files), verify)
+
+
+def _cached(name: str, make: Callable[[Path], LatentStore], verify: bool | None) -> LatentStore:
+    cached = cache_folder("stores") / name
     if not cached.is_dir():
         try:
-            return BUNDLED[path](cached)
+            return make(cached)
         except DataError:
             if not cached.is_dir():  # else another process imported it meanwhile
                 raise

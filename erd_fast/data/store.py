@@ -259,7 +259,8 @@ def _regroup(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tu
 def _read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not file.is_file():
-        raise DataError(f"{path} is no latent store: it has no manifest.json")
+        wanted = "manifest.json (nor the IDX files train-images-idx3-ubyte and train-labels-idx1-ubyte)"
+        raise DataError(f"{path} is no latent store: it has no {wanted}")
     content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(f"{file}: given a JSON {type(content).__name__}, allowed an object")

@@ -1,4 +1,11 @@
-"""Regression targets y = c_x x0 + c_eps eps, and back from a prediction to x0 and eps (docs/math.md B)."""
+"""Regression targets y = c_x x0 + c_eps eps: their coefficients, and the way from one to another (docs/math.md B).
+
+Functions take floats, NumPy arrays or tensors for alpha and sigma, which broadcast against the predictions, and give
+what they take. ``d_alpha`` and ``d_sigma``, the derivatives by t in [0, 1], are needed for target ``flow`` alone.
+
+Time runs from data at t = 0 to noise. Code that has data at t = 1 (SiT, LightningDiT) predicts x0 - eps where this
+package's ``u`` is eps - x0, and its ``flow`` is minus ours: negate the prediction and put 1 - t for t.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -7,12 +14,13 @@ from typing import Any
 from erd_fast.diffusion.schedule import Schedule
 from erd_fast.errors import ConfigError, unknown_name
 
-# Each rule: (alpha, sigma) -> (c_x, c_eps); written so that floats, arrays and tensors all work.
-TARGETS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
-    "x0": lambda alpha, sigma: (1.0 + 0.0 * alpha, 0.0 * alpha),
-    "eps": lambda alpha, sigma: (0.0 * alpha, 1.0 + 0.0 * alpha),
-    "v": lambda alpha, sigma: (-sigma, 1.0 * alpha),  # Salimans & Ho, arXiv 2202.00512
-    "u": lambda alpha, sigma: (-1.0 + 0.0 * alpha, 1.0 + 0.0 * alpha),  # eps - x0 on every schedule; t = 0 is data
+# Each rule: (alpha, sigma, d_alpha, d_sigma) -> (c_x, c_eps); written so that floats, arrays and tensors all work.
+TARGETS: dict[str, Callable[[Any, Any, Any, Any], tuple[Any, Any]]] = {
+    "x0": lambda alpha, sigma, d_alpha, d_sigma: (1.0 + 0.0 * alpha, 0.0 * alpha),
+    "eps": lambda alpha, sigma, d_alpha, d_sigma: (0.0 * alpha, 1.0 + 0.0 * alpha),
+    "v": lambda alpha, sigma, d_alpha, d_sigma: (-sigma, 1.0 * alpha),  # Salimans & Ho, arXiv 2202.00512
+    "u": lambda alpha, sigma, d_alpha, d_sigma: (-1.0 + 0.0 * alpha, 1.0 + 0.0 * alpha),  # eps - x0, any schedule
+    "flow": lambda alpha, sigma, d_alpha, d_sigma: (1.0 * d_alpha, 1.0 * d_sigma),  # dx_t/dt; u on schedule flow
 }
 ALIASES = {"sample": "x0", "x_start": "x0", "epsilon": "eps", "v_prediction": "v", "velocity": "v"}
 
@@ -38,18 +46,71 @@ def resolve_target(name: str, schedule: Schedule | None = None) -> str:
     return target
 
 
-def target_coefficients(target: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    """(c_x, c_eps) of ``target`` at (alpha, sigma), in the type of ``alpha`` (float, array or tensor)."""
-    return TARGETS[resolve_target(target)](alpha, sigma)
+def target_coefficients(
+    target: str, alpha: Any, sigma: Any, *, d_alpha: Any = None, d_sigma: Any = None
+) -> tuple[Any, Any]:
+    """(c_x, c_eps) of ``target``: (1, 0) for x0, (0, 1) for eps, (-sigma, alpha) for v, (-1, 1) for u, (d_alpha,
+    d_sigma) for flow.
+
+    Raises:
+        ConfigError: unknown target, or ``flow`` without derivatives.
+    """
+    target = resolve_target(target)
+    if target == "flow" and (d_alpha is None or d_sigma is None):
+        raise ConfigError(
+            "target flow: d_alpha, d_sigma: not given, allowed the derivatives of alpha and sigma by t "
+            "(a schedule's d_alpha and d_sigma)"
+        )
+    return TARGETS[target](alpha, sigma, d_alpha, d_sigma)
 
 
-def invert_target(target: str, prediction: Any, x_t: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+def invert_target(
+    target: str, prediction: Any, x_t: Any, alpha: Any, sigma: Any, *, d_alpha: Any = None, d_sigma: Any = None
+) -> tuple[Any, Any]:
     """(x0, eps) from y and x_t: x0 = (sigma y - c_eps x_t) / D, eps = (c_x x_t - alpha y) / D, D = c_x sigma - c_eps
     alpha.
 
-    ``alpha`` and ``sigma`` broadcast against ``prediction``. D is never 0 for v and u; it is -alpha for eps and
-    sigma for x0, which those targets cannot undo where alpha or sigma is 0.
+    D is never 0 for v and u, nor for flow where the log-SNR falls; it is -alpha for eps and sigma for x0, which those
+    targets cannot undo where alpha or sigma is 0.
     """
-    c_x, c_eps = target_coefficients(target, alpha, sigma)
-    determinant = c_x * sigma - c_eps * alpha
-    return (sigma * prediction - c_eps * x_t) / determinant, (c_x * x_t - alpha * prediction) / determinant
+    c_x, c_eps = target_coefficients(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
+    size = c_x * sigma - c_eps * alpha
+    return (sigma * prediction - c_eps * x_t) / size, (c_x * x_t - alpha * prediction) / size
+
+
+def convert_target(
+    prediction: Any,
+    x_t: Any,
+    alpha: Any,
+    sigma: Any,
+    *,
+    source: str,
+    target: str,
+    d_alpha: Any = None,
+    d_sigma: Any = None,
+) -> Any:
+    """What a prediction of ``source`` says about ``target``: y' = (D' y + (c_x c_eps' - c_eps c_x') x_t) / D.
+
+    One expression for all pairs, with no detour over x0 and eps: a target converts to itself without an error, and
+    only a ``source`` with D = 0 (eps at alpha = 0, x0 at sigma = 0) cannot be converted.
+    """
+    c_x, c_eps = target_coefficients(source, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
+    c_x_new, c_eps_new = target_coefficients(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
+    size, size_new = c_x * sigma - c_eps * alpha, c_x_new * sigma - c_eps_new * alpha
+    return (size_new / size) * prediction + ((c_x * c_eps_new - c_eps * c_x_new) / size) * x_t
+
+
+def loss_factor(source: str, target: str, alpha: Any, sigma: Any, *, d_alpha: Any = None, d_sigma: Any = None) -> Any:
+    """Squared error of ``target`` over that of ``source``, for the same x0 estimate: (D_target / D_source)^2.
+
+    So a weight w on ``source`` is the weight w / loss_factor on ``target``. From x0: 1 to x0, SNR to eps, (alpha^2 +
+    sigma^2)^2 / sigma^2 to v, (alpha + sigma)^2 / sigma^2 to u.
+    """
+    size, size_new = (determinant(name, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma) for name in (source, target))
+    return (size_new / size) ** 2
+
+
+def determinant(target: str, alpha: Any, sigma: Any, *, d_alpha: Any = None, d_sigma: Any = None) -> Any:
+    """D = c_x sigma - c_eps alpha: how much of ``target`` x_t does not say already."""
+    c_x, c_eps = target_coefficients(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
+    return c_x * sigma - c_eps * alpha

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.random import Purpose, Stream, bounded, sample_order, words
+from erd_fast.random import Purpose, Stream, bounded, sample_order, stratified_word, stratum, words
 
 
 class Draw(NamedTuple):
@@ -28,12 +28,18 @@ def draw(
     label_drop: float = 0.0,
     offset: int = 0,
     purpose: Purpose = Purpose.TRAIN,
+    t_table: Tensor | None = None,
+    strata: int = 0,
 ) -> Draw:
     """Decide sample, timestep, label drop and flip for ``batch_size`` images, in integer arithmetic alone.
 
     Image ``i`` of the call is number ``g = counter + offset + i``. Its sample is ``sample_order(g)``; the words of its
     ``SCALARS`` block give t = ``(w0 * K) >> 32``, drop = ``w1 < round(label_drop * 2**32)`` and flip = top bit of
     ``w2`` (``w3`` is spare). A batch cut in any way over ranks and micro-batches is therefore the same batch.
+
+    With ``t_table`` c, t is the number of entries ``c_k <= w0``, so that time k has probability (c_k - c_(k-1)) 2**-32.
+    With ``strata`` B, the B images of ``g // B`` take the B equal parts of the words' range in a random order:
+    ``(part * 2**32 + w0) // B`` stands for ``w0``.
 
     Args:
         counter: () int64, images seen before this batch, on the device that shall hold the result.
@@ -43,11 +49,14 @@ def draw(
         num_timesteps: K, 1 to 2**31.
         label_drop: probability in [0, 1], exact to 2**-32.
         offset: rank offset plus micro-batch offset within the global batch.
+        t_table: (K,) int64, not falling, its last entry 2**32; None is uniform. Tables on a GPU are not read back to
+            check.
+        strata: images of the global batch whose timesteps are spread evenly, 1 to 2**31; 0 draws each for itself.
 
     Raises:
         ValueError: an argument is outside its range.
 
-    Moves 40 bytes an image. Source: docs/design.md, "Randomness".
+    Writes 26 bytes an image. Source: docs/design.md, "Randomness".
     """
     if counter.dtype != torch.int64 or counter.dim() != 0:
         raise ValueError(f"draw: counter: given {counter.dtype} {tuple(counter.shape)}, allowed an int64 scalar tensor")
@@ -57,6 +66,10 @@ def draw(
         raise ValueError(f"draw: num_timesteps: given {num_timesteps}, allowed 1 to 2**31")
     if not 0.0 <= label_drop <= 1.0:
         raise ValueError(f"draw: label_drop: given {label_drop}, allowed 0 to 1")
+    if not 0 <= strata <= 1 << 31:
+        raise ValueError(f"draw: strata: given {strata}, allowed 0 to 2**31")
+    if t_table is not None:
+        _check_table(t_table, num_timesteps)
     return draw_reference(
         counter,
         seed=seed,
@@ -66,7 +79,18 @@ def draw(
         label_drop=label_drop,
         offset=offset,
         purpose=purpose,
+        t_table=t_table,
+        strata=strata,
     )
+
+
+def _check_table(table: Tensor, num_timesteps: int) -> None:
+    if table.dtype != torch.int64 or tuple(table.shape) != (num_timesteps,):
+        raise ValueError(
+            f"draw: t_table: given {table.dtype} {tuple(table.shape)}, allowed torch.int64 ({num_timesteps},)"
+        )
+    if table.device.type == "cpu" and (table[0] < 0 or table[-1] != 1 << 32 or (table.diff() < 0).any()):
+        raise ValueError("draw: t_table: given a table that falls or does not end in 2**32, allowed those of a density")
 
 
 def draw_reference(
@@ -79,15 +103,25 @@ def draw_reference(
     label_drop: float,
     offset: int,
     purpose: Purpose,
+    t_table: Tensor | None,
+    strata: int,
 ) -> Draw:
     """The definition of :func:`draw`."""
     ids = counter + offset + torch.arange(batch_size, dtype=torch.int64, device=counter.device)
     block = torch.zeros(1, dtype=torch.int64, device=counter.device)
     t_word, drop_word, flip_word, _ = words(seed, purpose, Stream.SCALARS, ids, block)[:, 0].unbind(-1)
+    if strata:
+        t_word = stratified_word(t_word, stratum(seed, purpose, ids, strata), strata)
     return Draw(
         ids=ids,
         sample_index=sample_order(seed, ids, dataset_size),
-        t_index=bounded(t_word, num_timesteps),
+        t_index=_t_index(t_word, num_timesteps, t_table),
         label_drop=drop_word < round(label_drop * 2**32),
         flip=(flip_word >> 31) == 1,
     )
+
+
+def _t_index(word: Tensor, num_timesteps: int, table: Tensor | None) -> Tensor:
+    if table is None:
+        return bounded(word, num_timesteps)
+    return torch.searchsorted(table, word.contiguous(), right=True)

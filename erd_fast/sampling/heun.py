@@ -64,6 +64,7 @@ def heun(
     def denoise(x: Tensor, level: int, step: int) -> Tensor:
         time, ratio = float(times[level]), float(ratios[level])
         alpha, sigma = (float(value) for value in schedule.alpha_sigma(times[level]))
+        d_alpha, d_sigma = (float(value) for value in schedule.derivatives(times[level]))
         acts = guidance_interval is None or guidance_interval.holds(time=time, total=total, sigma=ratio, step=step)
         x_t = alpha * x
         t = torch.full((len(x),), time, dtype=time_dtype, device=noise.device)
@@ -71,7 +72,8 @@ def heun(
             prediction = model(x_t.to(noise.dtype), t, None)
         else:
             prediction = guided(model, x_t.to(noise.dtype), t, labels, cfg_scale if acts else 1.0)
-        return invert_target(target, prediction[:, : x.shape[1]].double(), x_t, alpha, sigma)[0]
+        y = prediction[:, : x.shape[1]].double()
+        return invert_target(target, y, x_t, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)[0]
 
     x = noise.double() * float(ratios[0])
     for step in range(steps):
@@ -87,7 +89,7 @@ def heun(
 
 def noise_levels(schedule: Schedule, steps: int) -> tuple[Array, Array]:
     """Model times (steps,) and their ratios sigma / alpha with a last 0, (steps + 1,), from the noisiest on."""
-    grid = schedule.sigma / schedule.alpha
+    grid = schedule.ratio
     high, low = min(_SIGMA_MAX, grid.max()), max(_SIGMA_MIN, grid.min())
     ramp = np.linspace(0.0, 1.0, steps)
     ratios = (high ** (1 / _RHO) + ramp * (low ** (1 / _RHO) - high ** (1 / _RHO))) ** _RHO

@@ -1,6 +1,7 @@
 """Configuration of a run: frozen dataclasses, checked when made, with messages that name field, given and allowed."""
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -10,7 +11,8 @@ import yaml
 
 from erd_fast.data.loaders import Loader
 from erd_fast.diffusion import RULES, SCHEDULES, resolve_target
-from erd_fast.diffusion.weighting import Normalize
+from erd_fast.diffusion.timesteps import TSampler
+from erd_fast.diffusion.weighting import Normalize, Reading
 from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models import MODELS
 
@@ -61,7 +63,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = ""
-    """Folder of a latent store, or the name of a bundled data set (digits)."""
+    """Folder of a latent store or of IDX files, or the name of a bundled data set (digits)."""
     loader: Loader = "auto"
     """resident: a copy on the device; mmap: rows read ahead from the files; auto: resident if there is room."""
 
@@ -96,13 +98,29 @@ class DiffusionConfig:
     """Process and objective."""
 
     schedule: str = "cosine"
-    """cosine (IDDPM, 1000 steps) or flow (linear path)."""
+    """cosine, ddpm_linear, logsnr (1000 steps); flow, vp, gvp, logsnr_flow (continuous)."""
     target: str = "eps"
-    """What the model predicts: x0, eps, v, u."""
+    """What the model predicts: x0, eps, v, u, flow."""
     weighting: str = "erd"
-    """Loss weighting over noise levels: erd or constant."""
+    """Loss weighting over noise levels: constant, erd, min_snr, max_snr, soft_min_snr, p2, debias, min_debias,
+    max_debias, snr, inv_snr, trunc_snr, sigma_sqrt, cosmap, sit_velocity, sit_likelihood."""
+    gamma: float | None = None
+    """Of min_snr, max_snr, soft_min_snr (5 unless given) and p2 (1)."""
+    k: float = 1.0
+    """Of p2."""
     normalize: Normalize = "mean"
     """mean: keep the average loss scale; none: as the rule gives it; max: at most 1."""
+    reading: Reading = "t"
+    """t: the rule weights uniform t; log_snr: it is the wanted effort over log-SNR."""
+    clip_max: float | None = None
+    """Largest weight."""
+    importance_correct: bool = False
+    """Divide the weight by the timestep density: the objective of uniform t under any t_sampler."""
+    t_sampler: TSampler = "uniform"
+    """Timesteps: uniform, stratified over the batch, logit_normal, or drawn in proportion to the weight."""
+    logit_mean: float = 0.0
+    """Of logit_normal; above 0 there is more noise."""
+    logit_std: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("diffusion.schedule", self.schedule, SCHEDULES)
@@ -112,6 +130,21 @@ class DiffusionConfig:
             raise ConfigError(f"diffusion.target: {error}") from None
         _one_of("diffusion.weighting", self.weighting, RULES)
         _one_of("diffusion.normalize", self.normalize, get_args(Normalize))
+        _one_of("diffusion.reading", self.reading, get_args(Reading))
+        _one_of("diffusion.t_sampler", self.t_sampler, get_args(TSampler))
+        rule, positive = RULES[self.weighting], "numbers above 0"
+        for field in ("gamma", "k", "clip_max", "logit_std"):
+            value = getattr(self, field)
+            _allow(f"diffusion.{field}", value, value is None or 0 < value < float("inf"), positive)
+        _allow("diffusion.logit_mean", self.logit_mean, math.isfinite(self.logit_mean), "finite numbers")
+        reached = self.clip_max is None or self.clip_max >= 1 or self.normalize != "mean"
+        _allow("diffusion.clip_max", self.clip_max, reached, "1 or more with normalize mean")
+        with_gamma = ", ".join(name for name, other in RULES.items() if other.gamma is not None)
+        takes_gamma = self.gamma is None or rule.gamma is not None
+        _allow("diffusion.gamma", self.gamma, takes_gamma, f"none for weighting {self.weighting}; of {with_gamma}")
+        _allow("diffusion.k", self.k, self.k == 1.0 or rule.uses_k, f"1 for weighting {self.weighting}; of p2")
+        weight_sampled = self.t_sampler == "weight" and self.importance_correct
+        _allow("diffusion.importance_correct", True, not weight_sampled, "False with t_sampler weight")
 
 
 @dataclasses.dataclass(frozen=True)

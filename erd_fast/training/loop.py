@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from erd_fast.data import Batch, LatentStore, open_dataset, open_reader
-from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import create_model, model_flops
@@ -24,7 +23,7 @@ from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, loa
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
 from erd_fast.training.metrics import RunLog, Speed, read_log
 from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
-from erd_fast.training.step import TrainStep, learning_rate
+from erd_fast.training.step import TrainStep, learning_rate, make_process
 
 
 def train(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
 def open_store(config: RunConfig) -> LatentStore:
     """The store of ``data.path``, checked against the configuration."""
     if not config.data.path:
-        raise ConfigError("data.path: not given, allowed the folder of a latent store or a bundled data set (digits)")
+        raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
     store = open_dataset(config.data.path)
     if not store.manifest.num_classes and config.eval.cfg_scale != 1:
         raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")
@@ -94,7 +93,7 @@ class _Run:
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
             torch.use_deterministic_algorithms(True)
-        objective, optim = config.diffusion, config.optim
+        optim = config.optim
         self.arguments = model_arguments(config, store)
         model = create_model(**self.arguments, seed=config.train.seed).to(self.device)
         optimizer = AdamWEMA(
@@ -105,10 +104,7 @@ class _Run:
             ema_decay=optim.ema_decay,
             grad_clip=optim.grad_clip,
         )
-        process = DiffusionProcess(
-            get_schedule(objective.schedule), objective.target, objective.weighting, objective.normalize, self.device
-        )
-        self.step = TrainStep(config, model, optimizer, process, store, self.device)
+        self.step = TrainStep(config, model, optimizer, make_process(config, self.device), store, self.device)
         self.log = RunLog(folder, local_batch=config.train.batch_size)
         self.speed = Speed(model_flops(model), self.device, config.train.precision)
         self.done = 0  # steps taken

@@ -1,6 +1,7 @@
 """One training step: draw, gather, q_sample, model, loss, backward, update."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.data import Batch, LatentStore
-from erd_fast.diffusion import DiffusionProcess
-from erd_fast.ops import Draw, draw
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.ops import Draw
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig
 
@@ -101,12 +102,12 @@ class TrainStep:
 
     def _draw(self, counter: Tensor, offset: int) -> Draw:
         train = self.config.train
-        return draw(
+        return self.process.draw(
             counter,
+            global_batch=train.batch_size,
             seed=train.seed,
             batch_size=self.micro_batch,
             dataset_size=self._dataset_size,
-            num_timesteps=len(self.process.time),
             label_drop=train.label_drop,
             offset=offset,
         )
@@ -118,6 +119,12 @@ class TrainStep:
         for total in self.totals.values():
             total.zero_()
         return loss, [None if math.isnan(value) else value for value in by_t]
+
+
+def make_process(config: RunConfig, device: torch.device | str = "cpu") -> DiffusionProcess:
+    """The process that ``config.diffusion`` describes; its fields have the names of the arguments."""
+    fields = dataclasses.asdict(config.diffusion)
+    return DiffusionProcess(get_schedule(fields.pop("schedule")), **fields, device=device)
 
 
 def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -1,6 +1,7 @@
 """The sampler: its noise levels, its steps, and the law it reaches with an exact denoiser."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erd_fast.diffusion import Schedule, get_schedule, target_coefficients
+from erd_fast.diffusion import SCHEDULES, TARGETS, DiscreteSchedule, Schedule, get_schedule, target_coefficients
 from erd_fast.errors import ConfigError
 from erd_fast.sampling import heun
 from erd_fast.sampling.heun import noise_levels
@@ -19,20 +20,21 @@ SPREAD = 0.3
 
 
 class _Mixture:
-    """The best prediction of ``target`` for data of four equal Gaussians in the plane; x is (N, 2, 1, 1)."""
+    """The best prediction of ``target`` for data of equal Gaussians in the plane; x is (N, 2, 1, 1)."""
 
-    def __init__(self, schedule: Schedule, target: str):
-        self.schedule, self.target, self.times = schedule, target, []
+    def __init__(self, schedule: Schedule, target: str, centres: Tensor = CENTRES):
+        self.schedule, self.target, self.centres, self.times = schedule, target, centres, []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         self.times.append(t[0].item())
         alpha, sigma = (value[0].item() for value in self.schedule.alpha_sigma(t))
         variance = (alpha * SPREAD) ** 2 + sigma**2
-        offset = x.view(-1, 1, 2) - alpha * CENTRES
+        offset = x.view(-1, 1, 2) - alpha * self.centres
         share = torch.softmax(-offset.square().sum(-1) / (2 * variance), dim=1)[..., None]
-        x_start = (share * (CENTRES + alpha * SPREAD**2 / variance * offset)).sum(1)
+        x_start = (share * (self.centres + alpha * SPREAD**2 / variance * offset)).sum(1)
         eps = (share * sigma / variance * offset).sum(1)
-        c_x, c_eps = target_coefficients(self.target, alpha, sigma)
+        d_alpha, d_sigma = (value[0].item() for value in self.schedule.derivatives(t))
+        c_x, c_eps = target_coefficients(self.target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
         return (c_x * x_start + c_eps * eps).view(x.shape)
 
 
@@ -63,7 +65,7 @@ def test_exact_denoiser_reaches_the_law_of_the_data(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "flow"])
-@pytest.mark.parametrize("target", ["eps", "v", "u"])
+@pytest.mark.parametrize("target", ["eps", "v", "u", "flow"])
 def test_every_target_gives_the_samples_of_the_same_denoiser(target, schedule):
     # x0 from a prediction magnifies its rounding by up to sigma / alpha <= 80; 99 evaluations of some 20 roundings,
     # and the flow between modes parts neighbours by up to the ratio of their distances: allow a thousandfold.
@@ -71,12 +73,39 @@ def test_every_target_gives_the_samples_of_the_same_denoiser(target, schedule):
     assert (_samples(schedule, target) - _samples(schedule, "x0")).abs().max() <= bound
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_gaussian_is_scaled_by_the_product_of_the_steps(schedule, target):
+    grid, centre = get_schedule(schedule), CENTRES[:1]
+    found = heun(_Mixture(grid, target, centre), grid, target, _noise(100)).view(-1, 2)
+    # D = m + S^2 / (S^2 + s^2) (x - m), so that dx/ds = rate(s) (x - m), and each of Algorithm 1's steps is a factor.
+    ratios = noise_levels(grid, 50)[1].tolist()
+
+    def rate(s: float) -> float:
+        return s / (SPREAD**2 + s**2)
+
+    factor = 1.0
+    for s, below in itertools.pairwise(ratios[:-1]):
+        h = below - s
+        factor *= 1 + h / 2 * (rate(s) + rate(below) * (1 + h * rate(s)))
+    factor *= 1 - ratios[-2] * rate(ratios[-2])  # Euler to 0
+    expected = centre + factor * (ratios[0] * _noise(100).view(-1, 2) - centre)
+    # An evaluation at s is off by some 40 roundings of |x0| + s |eps|, in every target: x0 = (sigma y - c_eps x_t) / D
+    # has |c_eps| alpha <= |D| and sigma (|c_x x0| + |c_eps eps|) <= |D| (|x0| + s |eps|). A step carries no more than
+    # that into x, of which S / sqrt(S^2 + s^2) is left at the end: with |x0| <= 3.5 and |eps| <= 5 at most 4, 99 times.
+    assert (found - expected).abs().max() <= 99 * 40 * 4 * ROUND64
+    # The flow's own factor is S / sqrt(S^2 + s_0^2). A step of h in ln s is off by some h^3 / 6: with h about 0.15 over
+    # the ln(80 / S) = 5.6 in which x shrinks, by 0.02 in all.
+    assert factor * math.hypot(SPREAD, ratios[0]) / SPREAD == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("target", ["eps", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 18, 50])
-def test_a_step_costs_two_evaluations_and_the_last_one(steps, schedule):
+def test_a_step_costs_two_evaluations_and_the_last_one(steps, schedule, target):
     grid = get_schedule(schedule)
-    model = _Mixture(grid, "eps")
-    heun(model, grid, "eps", _noise(3), steps=steps)
+    model = _Mixture(grid, target)
+    heun(model, grid, target, _noise(3), steps=steps)
     times = noise_levels(grid, steps)[0].tolist()
     assert len(model.times) == 2 * steps - 1
     assert model.times[0::2] == times  # a step begins at its own level and looks ahead to the next
@@ -125,6 +154,38 @@ def test_levels_of_continuous_schedules_are_edm_s_own():
     ramp = [(80 ** (1 / 7) + i / 49 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(50)]
     assert np.allclose(ratios[:-1], ramp, rtol=100 * ROUND64, atol=0)  # the seventh power, and t near 1
     assert np.allclose(times, [s / (1 + s) for s in ramp], rtol=100 * ROUND64, atol=0) and ratios[-1] == 0
+
+
+@pytest.mark.parametrize("schedule", ["vp", "gvp", "logsnr_flow"])
+def test_levels_of_every_continuous_schedule_lie_within_its_grid(schedule):
+    grid = get_schedule(schedule)
+    times, ratios = noise_levels(grid, 50)
+    low = math.exp(-5 + 10 / 131_072) if schedule == "logsnr_flow" else 0.002
+    ramp = [(80 ** (1 / 7) + i / 49 * (low ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(50)]
+    # By way of t. gvp: t is off by 8 roundings and so alpha, of at least 1/81, by 8 pi / 2 + 12: 2000. vp: t by 80, and
+    # ln alpha by 10 times that and 34. logsnr_flow: t by 5, and ln s by 10 times that and 20. The seventh power: 70.
+    assert np.allclose(ratios[:-1], ramp, rtol=2100 * ROUND64, atol=0) and ratios[-1] == 0
+    alpha, sigma = grid.alpha_sigma(times)
+    assert (sigma / alpha).tolist() == ratios[:-1].tolist()
+
+
+@pytest.mark.parametrize("schedule", ["ddpm_linear", "logsnr"])
+def test_levels_of_every_discrete_schedule_are_the_nearest_of_its_grid(schedule):
+    grid = get_schedule(schedule)
+    levels = (grid.sigma / grid.alpha).tolist()
+    times, ratios = noise_levels(grid, 50)
+    for i, (time, ratio) in enumerate(zip(times.tolist(), ratios.tolist()[:-1], strict=True)):
+        wanted = (80 ** (1 / 7) + i / 49 * (levels[0] ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        assert time == min(range(1000), key=lambda k: abs(levels[k] - wanted)) and ratio == levels[int(time)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_table_without_signal_at_its_end_starts_at_its_last_signal(target):
+    alpha = np.append(np.cos(np.linspace(0.01, 0.99, 99) * np.pi / 2), 0.0)
+    grid = DiscreteSchedule("mine", alpha)
+    model = _Mixture(grid, target)
+    found = heun(model, grid, target, _noise(50), steps=20)
+    assert model.times[0] == 98 and found.isfinite().all() and found.abs().max() < 2 + 8 * SPREAD
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "flow"])

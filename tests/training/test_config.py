@@ -44,6 +44,17 @@ def _load(folder: Path, text: str, base: RunConfig | None = None) -> RunConfig:
         ("diffusion.target", "epsilom", "did you mean 'epsilon'?"),
         ("diffusion.weighting", "ed", "did you mean 'erd'?"),
         ("diffusion.normalize", "men", "did you mean 'mean'?"),
+        ("diffusion.reading", "logsnr", "did you mean 'log_snr'?"),
+        ("diffusion.t_sampler", "logitnormal", "did you mean 'logit_normal'?"),
+        ("diffusion.gamma", 0.0, "numbers above 0"),
+        ("diffusion.gamma", float("nan"), "numbers above 0"),
+        ("diffusion.gamma", 5.0, "none for weighting erd; of min_snr, max_snr, soft_min_snr, p2"),
+        ("diffusion.k", -1.0, "numbers above 0"),
+        ("diffusion.k", 2.0, "1 for weighting erd; of p2"),
+        ("diffusion.clip_max", 0.0, "numbers above 0"),
+        ("diffusion.clip_max", 0.5, "1 or more with normalize mean"),
+        ("diffusion.logit_std", 0.0, "numbers above 0"),
+        ("diffusion.logit_mean", float("inf"), "finite numbers"),
         ("optim.lr", 0.0, "numbers above 0"),
         ("optim.lr", float("nan"), "numbers above 0"),
         ("optim.betas", (0.9, 1.0), "two numbers from 0 to below 1"),
@@ -67,6 +78,13 @@ def test_a_value_outside_its_range_names_field_given_and_allowed(tiny, field, gi
     assert all(part in str(caught.value) for part in (field, repr(given), allowed))
 
 
+def test_parameters_of_a_rule_are_taken_with_it(tiny):
+    config = tiny(diffusion={"weighting": "p2", "gamma": 0.5, "k": 2.0, "normalize": "none", "clip_max": 0.5})
+    assert (config.diffusion.gamma, config.diffusion.k, config.diffusion.clip_max) == (0.5, 2.0, 0.5)
+    with pytest.raises(ConfigError, match="importance_correct: given True, allowed False with t_sampler weight"):
+        tiny(diffusion={"t_sampler": "weight", "importance_correct": True})
+
+
 @pytest.mark.parametrize(
     ("field", "given"),
     [
@@ -78,6 +96,7 @@ def test_a_value_outside_its_range_names_field_given_and_allowed(tiny, field, gi
         ("train.keep_checkpoints", 0),
         ("optim.betas", (0.0, 0.0)),
         ("optim.ema_decay", 0.0),
+        ("diffusion.clip_max", 1.0),
         ("eval.images", 2),
         ("eval.cfg_scale", 0.0),
     ],
@@ -201,7 +220,15 @@ OTHER = {
     "diffusion.schedule": "flow",
     "diffusion.target": "u",
     "diffusion.weighting": "constant",
+    "diffusion.gamma": 2.0,
+    "diffusion.k": 3.0,
     "diffusion.normalize": "none",
+    "diffusion.reading": "log_snr",
+    "diffusion.clip_max": 4.0,
+    "diffusion.importance_correct": True,
+    "diffusion.t_sampler": "stratified",
+    "diffusion.logit_mean": 0.5,
+    "diffusion.logit_std": 2.0,
     "optim.lr": 0.1,
     "optim.betas": (0.8, 0.9),
     "optim.weight_decay": 0.1,
@@ -227,7 +254,8 @@ def test_every_field_is_in_the_table_of_changes(tiny):
 @pytest.mark.parametrize("field", OTHER)
 def test_a_run_refuses_changes_but_of_length_cadence_and_place(tiny, field):
     section, name = field.split(".")
-    old, new = tiny(), tiny(**{section: {name: OTHER[field]}})
+    base = {"weighting": "p2"} if name in ("gamma", "k") else {}  # erd has no such parameters
+    old, new = tiny(diffusion=base), tiny(**{section: {**base, name: OTHER[field]}})
     if field in FREE:
         refuse_changes(old, new, Path("runs/x"))
         return

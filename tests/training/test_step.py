@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from erd_fast.data import Batch, LatentStore, open_reader, write_store
+from erd_fast.diffusion import process as process_module
 from erd_fast.ops import Draw
-from erd_fast.training import step as step_module
 from erd_fast.training.step import LOSS_BINS, TrainStep, autocast, learning_rate
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ ROUNDING = 2**-23 * math.sqrt(BATCH * 64)  # of a mean over as many terms, summe
 def draws(monkeypatch) -> list[Draw]:
     """Every draw of a training step, in order."""
     made: list[Draw] = []
-    draw = step_module.draw
-    monkeypatch.setattr(step_module, "draw", lambda *args, **how: made.append(draw(*args, **how)) or made[-1])
+    draw = process_module.draw
+    monkeypatch.setattr(process_module, "draw", lambda *args, **how: made.append(draw(*args, **how)) or made[-1])
     return made
 
 
