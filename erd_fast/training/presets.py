@@ -42,7 +42,7 @@ def fashion_mnist() -> RunConfig:
         model=ModelConfig(name="DiT-tiny/4"),
         diffusion=DiffusionConfig(schedule="cosine", target="v", weighting="erd"),
         optim=OptimConfig(lr=1e-3, ema_decay=0.995),
-        eval=EvalConfig(images=500, cfg_scale=1.5),
+        eval=EvalConfig(images=200, cfg_scale=1.5),
     )
 
 
