@@ -1,28 +1,31 @@
 # make train   from a clone to pictures: install into .venv, train the digits preset, sample, write a report
 # make test    install the development tools too, then run every test
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
+# make wheel   dist/erd_fast-*.whl with the extension in it
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test lint fixtures clean
+.PHONY: setup dev train test lint fixtures wheel clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
 dev: .venv/.dev
 
 # A stamp is written last, so an interrupted installation is taken up again and a finished one costs nothing.
-.venv/.core: pyproject.toml constraints.txt
+.venv/.core: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "Installing into .venv: about 3 GB to download (PyTorch with CUDA), 6 GB on disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "erd-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . 'setuptools>=77'
+	@echo "Building the extension (erd-fast info says what it has)."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .venv/.dev: .venv/.core
 	@echo "Installing the development tools."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 train: setup
@@ -42,5 +45,8 @@ lint: dev
 fixtures: setup
 	$(BIN)/python tests/fixtures.py out/fixtures
 
+wheel: dev
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv build out runs erd_fast.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist out runs erd_fast.egg-info .mypy_cache .ruff_cache .pytest_cache

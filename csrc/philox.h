@@ -25,6 +25,16 @@ A kernel does, for element block b of image g:
 #define ERD_FAST_HD
 #endif
 
+// Loops of a known length are unrolled everywhere: keys and coefficients become registers and immediates, and g++ makes
+// vectors over images or elements only of loops without loops inside.
+#if defined(__CUDA_ARCH__) || defined(__clang__)
+#define ERD_FAST_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define ERD_FAST_UNROLL _Pragma("GCC unroll 16")
+#else
+#define ERD_FAST_UNROLL
+#endif
+
 namespace erd_fast {
 
 // What the numbers are for, and the independent sequences of an image: together the counter's second word.
@@ -52,9 +62,7 @@ ERD_FAST_HD inline Words philox_4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint
     constexpr uint32_t PHILOX_MULTIPLIER_0 = 0xD2511F53, PHILOX_MULTIPLIER_1 = 0xCD9E8D57;
     constexpr uint32_t PHILOX_KEY_STEP_0 = 0x9E3779B9, PHILOX_KEY_STEP_1 = 0xBB67AE85;
     constexpr int PHILOX_ROUNDS = 10;
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
+    ERD_FAST_UNROLL
     for (int round = 0; round < PHILOX_ROUNDS; round++) {
         uint32_t high0 = multiply_high(c0, PHILOX_MULTIPLIER_0), low0 = c0 * PHILOX_MULTIPLIER_0;
         uint32_t high1 = multiply_high(c2, PHILOX_MULTIPLIER_1), low1 = c2 * PHILOX_MULTIPLIER_1;
@@ -91,9 +99,7 @@ ERD_FAST_HD inline uint32_t bounded(uint32_t word, uint32_t limit) {
 template <int N>
 ERD_FAST_HD inline float polynomial(const float (&coefficients)[N], float x) {
     float total = coefficients[N - 1];
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
+    ERD_FAST_UNROLL
     for (int i = N - 2; i >= 0; i--) {
         total = fmaf(total, x, coefficients[i]);
     }
@@ -166,9 +172,7 @@ ERD_FAST_HD inline uint32_t mix(uint32_t h) {
 
 ERD_FAST_HD inline uint32_t feistel(uint32_t index, const uint32_t (&keys)[ORDER_ROUNDS], uint32_t side) {
     uint32_t left = index / side, right = index % side;
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
+    ERD_FAST_UNROLL
     for (int round = 0; round < ORDER_ROUNDS; round++) {
         // left < side and bounded(...) < side <= 2^16: no wrap, and one subtraction is the remainder.
         uint32_t moved = left + bounded(mix(right ^ keys[round]), side);
@@ -178,29 +182,49 @@ ERD_FAST_HD inline uint32_t feistel(uint32_t index, const uint32_t (&keys)[ORDER
     return left * side + right;
 }
 
-// Which sample image g (>= 0) of the training sequence shows: in [0, dataset_size), dataset_size 1 to 2^32.
-// The position in the epoch goes through a bijection keyed by (seed, epoch), walked until it lands inside;
-// side = order_side(dataset_size).
-ERD_FAST_HD inline int64_t sample_order(uint32_t k0, uint32_t k1, int64_t g, int64_t dataset_size,
-                                        uint32_t side) {
-    int64_t epoch = g / dataset_size;
-    uint32_t keys[ORDER_ROUNDS];
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
+// The keys of a network: words of g at blocks first_block, first_block + 1, first_block + 2.
+ERD_FAST_HD inline void round_keys(uint32_t k0, uint32_t k1, uint32_t purpose_stream, int64_t g, uint32_t first_block,
+                                   uint32_t (&keys)[ORDER_ROUNDS]) {
+    ERD_FAST_UNROLL
     for (int block = 0; block < ORDER_ROUNDS / 4; block++) {
-        Words w = words(k0, k1, ORDER << 8 | SCALARS, epoch, block);
+        Words w = words(k0, k1, purpose_stream, g, first_block + block);
         keys[4 * block] = w.w0;
         keys[4 * block + 1] = w.w1;
         keys[4 * block + 2] = w.w2;
         keys[4 * block + 3] = w.w3;
     }
-    uint32_t last = (uint32_t)(dataset_size - 1);  // dataset_size itself may be 2^32
-    uint32_t index = (uint32_t)(g % dataset_size);
+}
+
+// A permutation of [0, size), last = size - 1 (size itself may be 2^32): the network, walked until it lands inside.
+ERD_FAST_HD inline uint32_t bijection(uint32_t index, const uint32_t (&keys)[ORDER_ROUNDS], uint32_t last,
+                                      uint32_t side) {
     do {
         index = feistel(index, keys, side);
     } while (index > last);
     return index;
+}
+
+// Which sample image g (>= 0) of the training sequence shows: in [0, dataset_size), dataset_size 1 to 2^32.
+// The position in the epoch goes through a bijection keyed by (seed, epoch); side = order_side(dataset_size).
+ERD_FAST_HD inline int64_t sample_order(uint32_t k0, uint32_t k1, int64_t g, int64_t dataset_size,
+                                        uint32_t side) {
+    uint32_t keys[ORDER_ROUNDS];
+    round_keys(k0, k1, ORDER << 8 | SCALARS, g / dataset_size, 0, keys);
+    return bijection((uint32_t)(g % dataset_size), keys, (uint32_t)(dataset_size - 1), side);
+}
+
+// Which of `strata` (1 to 2^31) equal parts of the words' range image g (>= 0) takes: the images of one g / strata take
+// each part once. side = order_side(strata); purpose_stream = purpose << 8 | SCALARS, whose block 0 is the image's own.
+ERD_FAST_HD inline uint32_t stratum(uint32_t k0, uint32_t k1, uint32_t purpose_stream, int64_t g, int64_t strata,
+                                    uint32_t side) {
+    uint32_t keys[ORDER_ROUNDS];
+    round_keys(k0, k1, purpose_stream, g / strata, 1, keys);
+    return bijection((uint32_t)(g % strata), keys, (uint32_t)(strata - 1), side);
+}
+
+// The word within its part: (part * 2^32 + word) / strata.
+ERD_FAST_HD inline uint32_t stratified_word(uint32_t word, uint32_t part, int64_t strata) {
+    return (uint32_t)(((uint64_t)part << 32 | word) / (uint64_t)strata);
 }
 
 }  // namespace erd_fast

@@ -15,8 +15,10 @@ if (_root / "csrc").is_dir() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 _EXPORTS = {
+    "explain": "erd_fast.ops",
     "get_schedule": "erd_fast.diffusion",
     "loss_weight": "erd_fast.diffusion",
+    "use_backend": "erd_fast.ops",
     "weight_table": "erd_fast.diffusion",
 }
 __all__ = ["__version__", *_EXPORTS]

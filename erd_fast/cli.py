@@ -127,6 +127,33 @@ class Lab:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure throughput beside eager PyTorch and torch.compile.
+
+    ops: each op on each backend that is here; a backend is checked against eager PyTorch before it is timed.
+    """
+
+    what: tyro.conf.Positional[Literal["ops"]]
+    """What to measure."""
+    filter: str = ""
+    """Only cases whose name contains this: q_sample, N=64, drawn."""
+    json: Path | None = None
+    """File for the results with the machine they were measured on."""
+    seconds: float = 0.3
+    """Time for each measurement."""
+
+    def __call__(self) -> None:
+        from erd_fast.benchmark.ops import bench_ops
+        from erd_fast.benchmark.records import table, write_records
+
+        records = list(bench_ops(self.filter, self.seconds))
+        print(table(records))
+        if self.json is not None:
+            write_records(self.json, records)
+            print(f"wrote {self.json}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Info:
     """What is installed, which backend each op uses, and why not the others."""
 
@@ -198,6 +225,7 @@ def _commands(default: Train) -> Any:
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Lab, subcommand("lab")]
+        | Annotated[Bench, subcommand("bench")]
         | Annotated[Info, subcommand("info")]
     )
 

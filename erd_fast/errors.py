@@ -20,6 +20,20 @@ class RunError(ErdFastError):
     """A run cannot start or go on: another configuration in its folder, no permission, a loss that is not finite."""
 
 
+class BackendUnavailableError(ErdFastError):
+    """An op was asked for by name on a backend that cannot run it.
+
+    Attributes:
+        op, backend: what was asked for.
+        reason: why it cannot.
+        remedy: what to do.
+    """
+
+    def __init__(self, op: str, backend: str, reason: str, remedy: str):
+        super().__init__(f"{op}: backend {backend} cannot run: {reason}; {remedy}")
+        self.op, self.backend, self.reason, self.remedy = op, backend, reason, remedy
+
+
 def unknown_name(what: str, given: str, allowed: Iterable[str]) -> str:
     """Message for a name that is not in ``allowed``: the nearest allowed name, then all of them."""
     names = list(allowed)

@@ -8,7 +8,6 @@ from typing import Any
 import erd_fast
 from erd_fast.files import cache_dir
 
-_ABSENT = {"cuda": "CUDA C++ kernels", "cpu": "compiled CPU kernels", "triton": "Triton kernels of the ops"}
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tyro")
 
 
@@ -18,10 +17,6 @@ def collect() -> dict[str, Any]:
 
     from erd_fast import ops
 
-    backends = {
-        "reference": {"available": True, "reason": "the definition, in PyTorch; runs on every device"},
-        **{name: {"available": False, "reason": f"this version has no {what}"} for name, what in _ABSENT.items()},
-    }
     cuda = torch.cuda.is_available()
     return {
         "erd_fast": erd_fast.__version__,
@@ -33,7 +28,9 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cache": str(cache_dir()),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ERD_FAST_")},
-        "ops": {name: backends for name in sorted(ops.__all__) if name.islower()},
+        "ops": {
+            name: {backend: _state(op, backend) for backend in ops.BACKENDS} for name, op in sorted(ops.OPS.items())
+        },
     }
 
 
@@ -55,6 +52,12 @@ def describe() -> str:
             mark = "available" if state["available"] else "not available"
             lines.append(f"  {op:<16}{backend:<12}{mark}: {state['reason']}")
     return "\n".join(lines)
+
+
+def _state(op: Any, backend: str) -> dict[str, Any]:
+    """Whether the op can run on the backend here; if not, why, and what to do."""
+    refusal = op.refusal(backend)
+    return {"available": refusal is None, "reason": "; ".join(refusal) if refusal else "can run"}
 
 
 def _version(package: str) -> str:

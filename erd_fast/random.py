@@ -251,6 +251,16 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
+def signed_seed(seed: int) -> int:
+    """The 64 bits of a seed as the signed number that ops carry."""
+    return check_seed(seed) - (seed >> 63 << 64)
+
+
+def unsigned_seed(bits: int) -> int:
+    """The inverse of :func:`signed_seed`."""
+    return bits % (1 << 64)
+
+
 def check_seed(seed: int) -> int:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: given {seed}, allowed 0 to 2**64 - 1")

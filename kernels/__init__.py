@@ -4,5 +4,8 @@ One op a file, named as the op. A file imports torch, triton and its siblings on
 knows nothing of autograd: ``erd_fast/ops/<op>.py`` declares the op and calls in here by name at first use.
 Importing this package asks for neither triton nor a GPU; importing a file of it asks for triton.
 
-philox.py    Philox words, uniforms, normals and the order bijection: device functions for the other kernels
+philox.py          Philox words, uniforms, normals and the order bijection: device functions for the other kernels
+draw.py            sample, timestep, label drop and flip of each image of a batch
+q_sample.py        stored latents to noisy input and target
+diffusion_loss.py  weighted squared error of a batch, its parts and its gradient
 """

@@ -52,6 +52,13 @@ def philox_4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def key_words(seed):
+    """Low and high uint32 word of a 64-bit seed, given as the int64 of the same bits."""
+    seed = tl.cast(seed, tl.int64)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
 def words(k0, k1, purpose_stream, g, block):
     """The four words of image ``g`` (>= 0) at element block ``block``: elements 4 * block ... 4 * block + 3.
 
@@ -91,6 +98,20 @@ def box_muller(w0, w1):
     radius = tl.sqrt_rn(-2.0 * _log(unit_interval(w0)))
     cosine, sine = _cos_sin_turn(w1)
     return radius * cosine, radius * sine
+
+
+@triton.jit
+def box_muller_4(w0, w1, w2, w3):
+    """Four standard normals from four words, as the elements of a Philox block take them."""
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def interleave_4(x0, x1, x2, x3):
+    """(4 * Q,) from four (Q,) blocks: element 4 * q + i is ``xi[q]``."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (4 * x0.shape[0],))
 
 
 @triton.jit
@@ -146,17 +167,46 @@ def sample_order(k0, k1, g, dataset_size, side):
         dataset_size: n, 1 <= n <= 2**32.
         side: ``order_side(n)``.
     """
-    g = tl.cast(g, tl.int64)
     n = tl.cast(dataset_size, tl.int64)
-    side = tl.cast(side, tl.uint32)
-    epoch = g // n
-    keys = (
-        words(k0, k1, ORDER_PURPOSE_STREAM, epoch, 0)
-        + words(k0, k1, ORDER_PURPOSE_STREAM, epoch, 1)
-        + words(k0, k1, ORDER_PURPOSE_STREAM, epoch, 2)
+    g = tl.cast(g, tl.int64)
+    keys = _round_keys(k0, k1, ORDER_PURPOSE_STREAM, g // n, 0)
+    return _bijection(g % n, keys, n, side)
+
+
+@triton.jit
+def stratum(k0, k1, purpose_stream, g, strata, side):
+    """Which of ``strata`` equal parts of the unit interval each image ``g`` takes: int64 in [0, strata).
+
+    As :func:`sample_order`, with the batch ``g // strata`` for the epoch and round keys from blocks 1, 2, 3 of
+    ``purpose_stream``; ``side`` is ``order_side(strata)``.
+    """
+    n = tl.cast(strata, tl.int64)
+    g = tl.cast(g, tl.int64)
+    keys = _round_keys(k0, k1, purpose_stream, g // n, 1)
+    return _bijection(g % n, keys, n, side)
+
+
+@triton.jit
+def stratified_word(word, part, strata):
+    """A word within its stratum: (part * 2**32 + word) // strata, uint32, for strata <= 2**31."""
+    return (((part << 32) + word.to(tl.int64)) // tl.cast(strata, tl.int64)).to(tl.uint32)
+
+
+@triton.jit
+def _round_keys(k0, k1, purpose_stream, g, FIRST_BLOCK: tl.constexpr):
+    # Three blocks of four words: ORDER_ROUNDS keys.
+    return (
+        words(k0, k1, purpose_stream, g, FIRST_BLOCK)
+        + words(k0, k1, purpose_stream, g, FIRST_BLOCK + 1)
+        + words(k0, k1, purpose_stream, g, FIRST_BLOCK + 2)
     )
-    last = (n - 1).to(tl.uint32)  # n itself may be 2**32
-    index = _feistel((g % n).to(tl.uint32), keys, side)
+
+
+@triton.jit
+def _bijection(index, keys, size, side):
+    side = tl.cast(side, tl.uint32)
+    last = (size - 1).to(tl.uint32)  # size itself may be 2**32
+    index = _feistel(index.to(tl.uint32), keys, side)
     outside = index > last
     while _any(outside):
         index = tl.where(outside, _feistel(index, keys, side), index)

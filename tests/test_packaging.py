@@ -1,5 +1,6 @@
 """The package is whole in each of the ways it is used: wheel, editable installation, plain checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("erd_fast", "kernels", "csrc", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("erd_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What each installation must be able to do, from a folder that holds no sources.
 SMOKE = (
     "import erd_fast, erd_fast.kernels, erd_fast.kernels.philox, erd_fast.cli, erd_fast.training.loop; "
@@ -28,7 +29,7 @@ def checkout(tmp_path_factory) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_C*.so", "_build.json"))
         else:
             shutil.copy(source, copy / name)
     return copy
@@ -42,8 +43,10 @@ def wheel(checkout, tmp_path_factory) -> Path:
     return file
 
 
-def pip(*arguments: str, python: str = sys.executable) -> None:
-    run = subprocess.run([python, "-m", "pip", "--quiet", *arguments], capture_output=True, text=True)
+def pip(*arguments: str, python: str = sys.executable, **environment: str) -> None:
+    # Without the CUDA part: this is about what is where, and it takes seconds.
+    chosen = os.environ | {"ERD_FAST_CUDA": "0"} | environment
+    run = subprocess.run([python, "-m", "pip", "--quiet", *arguments], capture_output=True, text=True, env=chosen)
     assert run.returncode == 0, run.stderr
 
 
@@ -62,7 +65,9 @@ def files_of_the_tree() -> set[str]:
 
 def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == files_of_the_tree()
+    built = {"erd_fast/_build.json"} | ({"erd_fast/_C.abi3.so"} if shutil.which("g++") else set())
+    assert names == files_of_the_tree() | built
+    assert wheel.stat().st_size < 5 << 20
 
 
 def test_the_wheel_has_the_licence_and_the_command(wheel):
@@ -75,6 +80,20 @@ def test_the_wheel_has_the_licence_and_the_command(wheel):
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     pip("install", "--no-deps", "--no-compile", "--target", str(tmp_path), str(wheel))
     assert str(tmp_path / "erd_fast" / "kernels") in run_from_root(sys.executable, SMOKE, PYTHONPATH=str(tmp_path))
+    said = run_from_root(sys.executable, "import erd_fast; print(erd_fast.explain('draw'))", PYTHONPATH=str(tmp_path))
+    assert ("cpu: can run" in said) == (shutil.which("g++") is not None)
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout, tmp_path):
+    """The whole tools of Python are there, and neither g++ nor nvcc."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    where = {"PATH": str(empty), "CUDA_HOME": "", "CUDA_PATH": "", "CXX": ""}
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(checkout), **where)
+    (file,) = tmp_path.glob("erd_fast-*.whl")
+    assert "erd_fast/_C.abi3.so" not in zipfile.ZipFile(file).namelist()
+    facts = json.loads(zipfile.ZipFile(file).read("erd_fast/_build.json"))
+    assert not facts["cpu"] and not facts["cuda"] and facts["reason"]
 
 
 def test_an_editable_installation_works_from_another_folder(checkout, tmp_path):

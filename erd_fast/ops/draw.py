@@ -1,11 +1,24 @@
 """draw: what each image of a training batch is, as integers: sample, timestep, label drop, flip."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erd_fast.random import Purpose, Stream, bounded, sample_order, stratified_word, stratum, words
+from erd_fast.ops.arguments import check_device
+from erd_fast.ops.declare import Outputs, declare
+from erd_fast.random import (
+    Purpose,
+    Stream,
+    bounded,
+    sample_order,
+    signed_seed,
+    stratified_word,
+    stratum,
+    unsigned_seed,
+    words,
+)
 
 
 class Draw(NamedTuple):
@@ -62,6 +75,8 @@ def draw(
         raise ValueError(f"draw: counter: given {counter.dtype} {tuple(counter.shape)}, allowed an int64 scalar tensor")
     if batch_size < 1:
         raise ValueError(f"draw: batch_size: given {batch_size}, allowed 1 or more")
+    if not 1 <= dataset_size <= 1 << 32:
+        raise ValueError(f"draw: dataset_size: given {dataset_size}, allowed 1 to 2**32")
     if not 1 <= num_timesteps <= 1 << 31:
         raise ValueError(f"draw: num_timesteps: given {num_timesteps}, allowed 1 to 2**31")
     if not 0.0 <= label_drop <= 1.0:
@@ -69,18 +84,21 @@ def draw(
     if not 0 <= strata <= 1 << 31:
         raise ValueError(f"draw: strata: given {strata}, allowed 0 to 2**31")
     if t_table is not None:
+        check_device("draw", counter=counter, t_table=t_table)
         _check_table(t_table, num_timesteps)
-    return draw_reference(
-        counter,
-        seed=seed,
-        batch_size=batch_size,
-        dataset_size=dataset_size,
-        num_timesteps=num_timesteps,
-        label_drop=label_drop,
-        offset=offset,
-        purpose=purpose,
-        t_table=t_table,
-        strata=strata,
+    return Draw(
+        *_op(
+            counter,
+            signed_seed(seed),
+            batch_size,
+            dataset_size,
+            num_timesteps,
+            round(label_drop * 2**32),
+            offset,
+            int(purpose),
+            t_table,
+            strata,
+        )
     )
 
 
@@ -100,13 +118,13 @@ def draw_reference(
     batch_size: int,
     dataset_size: int,
     num_timesteps: int,
-    label_drop: float,
+    drop_threshold: int,
     offset: int,
     purpose: Purpose,
     t_table: Tensor | None,
     strata: int,
 ) -> Draw:
-    """The definition of :func:`draw`."""
+    """The definition of :func:`draw`; ``drop_threshold`` is ``round(label_drop * 2**32)``."""
     ids = counter + offset + torch.arange(batch_size, dtype=torch.int64, device=counter.device)
     block = torch.zeros(1, dtype=torch.int64, device=counter.device)
     t_word, drop_word, flip_word, _ = words(seed, purpose, Stream.SCALARS, ids, block)[:, 0].unbind(-1)
@@ -116,7 +134,7 @@ def draw_reference(
         ids=ids,
         sample_index=sample_order(seed, ids, dataset_size),
         t_index=_t_index(t_word, num_timesteps, t_table),
-        label_drop=drop_word < round(label_drop * 2**32),
+        label_drop=drop_word < drop_threshold,
         flip=(flip_word >> 31) == 1,
     )
 
@@ -125,3 +143,30 @@ def _t_index(word: Tensor, num_timesteps: int, table: Tensor | None) -> Tensor:
     if table is None:
         return bounded(word, num_timesteps)
     return torch.searchsorted(table, word.contiguous(), right=True)
+
+
+_SCHEMA = (
+    "(Tensor counter, int seed, int batch_size, int dataset_size, int num_timesteps, int drop_threshold, int offset, "
+    "int purpose, Tensor? t_table, int strata) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _body(counter: Tensor, seed: int, *flat: Any) -> Outputs:
+    names = ("batch_size", "dataset_size", "num_timesteps", "drop_threshold", "offset", "purpose", "t_table", "strata")
+    how = dict(zip(names, flat, strict=True))
+    how["purpose"] = Purpose(how["purpose"])
+    return tuple(draw_reference(counter, seed=unsigned_seed(seed), **how))
+
+
+def _outputs(counter: Tensor, seed: int, batch_size: int, *flat: Any) -> Outputs:
+    integers = [torch.empty(batch_size, dtype=torch.int64, device=counter.device) for _ in range(3)]
+    flags = [torch.empty(batch_size, dtype=torch.bool, device=counter.device) for _ in range(2)]
+    return (*integers, *flags)
+
+
+def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    counter, seed, _, *rest = inputs
+    kernel(counter, seed, *rest, *outputs)
+
+
+_op = declare("draw", _SCHEMA, body=_body, outputs=_outputs, launch=_launch, backends=("cuda", "triton", "cpu"))

@@ -1,23 +1,28 @@
 """q_sample: from stored latents to the noisy input and the regression target, in one pass."""
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_shape
-from erd_fast.random import Purpose, Stream, normals
+from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
+from erd_fast.ops.declare import Outputs, declare, reference_needed
+from erd_fast.ops.layout import check_patch, patch_shape, to_patches
+from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 
 LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
 """What a store holds: ready samples; VAE mean and std; VAE mean and log-variance; uint8 pixels."""
 
+_POSTERIOR = ("mean_std", "mean_logvar")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of the LDM autoencoder
 
 
 class QSample(NamedTuple):
     """Noisy input and target of one batch."""
 
-    x_t: Tensor  # (N, C, H, W), model dtype
+    x_t: Tensor  # (N, C, H, W), or patch tokens (N, H W / p^2, p^2 C); model dtype
     target: Tensor  # (N, C, H, W) float32
 
 
@@ -37,12 +42,14 @@ def q_sample(
     noise: Tensor | None = None,
     posterior_noise: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    patch: int = 0,
 ) -> QSample:
     """x_t = alpha x0 + sigma eps and y = c_x x0 + c_eps eps (ERD paper, sections 2.1 and A; docs/math.md A, B).
 
     x0 comes from the stored row: ``sample`` z; ``mean_std`` z = mean + std n; ``mean_logvar`` z = mean +
     exp(clamp(logvar, -30, 20) / 2) n; ``pixels`` z = (2 p - 255) / 255 of uint8 p. Then x0 = (z - shift) * scale,
-    mirrored along W where ``flip``. All arithmetic is float32; x_t is rounded once to ``dtype``.
+    mirrored along W where ``flip``. All arithmetic is float32; x_t is rounded once to ``dtype``. Where a gradient is
+    needed, or within a functorch transform, the differentiable reference runs.
 
     Args:
         latents: (M, C, H, W), or (M, 2C, H, W) for the two ``mean_*`` kinds; float32, bfloat16, float16; uint8 for
@@ -55,58 +62,45 @@ def q_sample(
         flip: (N,) bool; None mirrors nothing.
         ids, seed, purpose: key of the drawn noise, needed where ``noise`` (or, for ``mean_*``, ``posterior_noise``)
             is None.
-        noise, posterior_noise: (N, C, H, W) float32 standard normals in place of drawn ones.
+        noise, posterior_noise: (N, C, H, W) standard normals in place of drawn ones.
+        dtype: of x_t; float32, bfloat16 or float16.
+        patch: p > 0 gives x_t as patch tokens (:mod:`erd_fast.ops.layout`); it divides H and W.
 
     Returns:
         :class:`QSample`.
 
     Raises:
-        ValueError: shape, dtype or kind is not allowed, or noise is neither given nor drawable.
+        ValueError: a shape, dtype, device or kind is not allowed, a row is out of range, a coefficient is not finite,
+            or noise is neither given nor drawable. (On a GPU, rows and tables are not read back: an image of a row out
+            of range becomes NaN.)
 
     Moves, an image of E = C H W elements: the stored row once, E * (size of ``dtype`` + 4) out, and 4 E a given noise.
     """
-    if kind not in get_args(LatentKind):
-        raise ValueError(f"q_sample: kind: given {kind!r}, allowed {', '.join(get_args(LatentKind))}")
-    if latents.dim() != 4:
-        raise ValueError(f"q_sample: latents: given shape {tuple(latents.shape)}, allowed (M, C, H, W)")
-    if (kind == "pixels") != (latents.dtype == torch.uint8):
-        raise ValueError(f"q_sample: latents: given {latents.dtype} for kind {kind!r}; uint8 goes with pixels alone")
-    if kind.startswith("mean_") and latents.shape[1] % 2:
-        raise ValueError(f"q_sample: latents: given {latents.shape[1]} channels, allowed an even number for {kind!r}")
-    count = (latents if index is None else index).shape[0]
-    rows = coefficients.shape[0] if t_index is None else t_index.shape[0]
-    if coefficients.dim() != 2 or coefficients.shape[1] != 4 or rows != count:
-        raise ValueError(
-            f"q_sample: coefficients {tuple(coefficients.shape)} and t_index "
-            f"{None if t_index is None else tuple(t_index.shape)}: allowed (K, 4) and ({count},), "
-            f"or ({count}, 4) and None"
-        )
-    draws = noise is None or (kind.startswith("mean_") and posterior_noise is None)
-    if draws and (ids is None or seed is None):
+    with_posterior = kind in _POSTERIOR
+    _check_latents(latents, kind, index, patch, dtype)
+    _check_rows(latents, coefficients, t_index, index, flip, ids)
+    _check_extras(latents, index, with_posterior, scale, shift, noise, posterior_noise)
+    if (noise is None or (with_posterior and posterior_noise is None)) and (ids is None or seed is None):
         raise ValueError("q_sample: noise is not given, so ids and seed are needed to draw it")
-    channels = latents.shape[1] // (2 if kind.startswith("mean_") else 1)
-    for name, per_image in {"t_index": t_index, "index": index, "ids": ids, "flip": flip}.items():
-        check_shape("q_sample", name, per_image, (count,))
-    for name, per_channel in {"scale": scale, "shift": shift}.items():
-        check_shape("q_sample", name, per_channel, (channels,))
-    for name, normal in {"noise": noise, "posterior_noise": posterior_noise}.items():
-        check_shape("q_sample", name, normal, (count, channels, *latents.shape[2:]))
-    return q_sample_reference(
-        latents,
-        coefficients,
-        t_index,
-        index=index,
-        kind=kind,
-        scale=scale,
-        shift=shift,
-        flip=flip,
-        ids=ids,
-        seed=seed,
-        purpose=purpose,
-        noise=noise,
-        posterior_noise=posterior_noise,
-        dtype=dtype,
+    flat = (
+        latents.contiguous(),
+        _plain(coefficients, torch.float32),
+        _plain(t_index, torch.int64),
+        _plain(index, torch.int64),
+        get_args(LatentKind).index(kind),
+        _plain(scale, torch.float32),
+        _plain(shift, torch.float32),
+        _plain(flip, torch.bool),
+        _plain(ids, torch.int64),
+        signed_seed(seed or 0),
+        int(purpose),
+        _plain(noise, torch.float32),
+        _plain(posterior_noise, torch.float32) if with_posterior else None,
+        patch,
+        dtype,
     )
+    differentiable = reference_needed(latents, coefficients, scale, shift, noise, posterior_noise)
+    return QSample(*(_body(*flat) if differentiable else _op(*flat)))
 
 
 def q_sample_reference(
@@ -125,6 +119,7 @@ def q_sample_reference(
     noise: Tensor | None,
     posterior_noise: Tensor | None,
     dtype: torch.dtype,
+    patch: int = 0,
 ) -> QSample:
     """The definition of :func:`q_sample`."""
     stored = latents if index is None else latents[index]
@@ -155,4 +150,111 @@ def q_sample_reference(
     eps = drawn(noise, Stream.NOISE)
     rows = coefficients if t_index is None else coefficients[t_index]
     alpha, sigma, c_x, c_eps = rows.float()[:, :, None, None, None].unbind(1)
-    return QSample(x_t=(alpha * x_start + sigma * eps).to(dtype), target=c_x * x_start + c_eps * eps)
+    x_t = (alpha * x_start + sigma * eps).to(dtype)
+    return QSample(x_t=to_patches(x_t, patch), target=c_x * x_start + c_eps * eps)
+
+
+def _check_latents(latents: Tensor, kind: str, index: Tensor | None, patch: int, dtype: torch.dtype) -> None:
+    if kind not in get_args(LatentKind):
+        raise ValueError(f"q_sample: kind: given {kind!r}, allowed {', '.join(get_args(LatentKind))}")
+    if latents.dim() != 4:
+        raise ValueError(f"q_sample: latents: given shape {tuple(latents.shape)}, allowed (M, C, H, W)")
+    if (kind == "pixels") != (latents.dtype == torch.uint8):
+        raise ValueError(f"q_sample: latents: given {latents.dtype} for kind {kind!r}; uint8 goes with pixels alone")
+    check_dtype("q_sample", "latents", latents, *_FLOATS, torch.uint8)
+    if kind in _POSTERIOR and latents.shape[1] % 2:
+        raise ValueError(f"q_sample: latents: given {latents.shape[1]} channels, allowed an even number for {kind!r}")
+    if dtype not in _FLOATS:
+        raise ValueError(f"q_sample: dtype: given {dtype}, allowed {', '.join(map(str, _FLOATS))}")
+    if not len(latents if index is None else index):
+        raise ValueError("q_sample: latents: given 0 images, allowed 1 or more")
+    check_patch("q_sample", patch, *latents.shape[2:])
+
+
+def _check_rows(
+    latents: Tensor,
+    coefficients: Tensor,
+    t_index: Tensor | None,
+    index: Tensor | None,
+    flip: Tensor | None,
+    ids: Tensor | None,
+) -> None:
+    count = len(latents if index is None else index)
+    rows = len(coefficients if t_index is None else t_index)
+    if coefficients.dim() != 2 or coefficients.shape[1] != 4 or rows != count:
+        raise ValueError(
+            f"q_sample: coefficients {tuple(coefficients.shape)} and t_index "
+            f"{None if t_index is None else tuple(t_index.shape)}: allowed (K, 4) and ({count},), "
+            f"or ({count}, 4) and None"
+        )
+    per_image = {"t_index": t_index, "index": index, "ids": ids}
+    for name, tensor in per_image.items():
+        check_shape("q_sample", name, tensor, (count,))
+        check_dtype("q_sample", name, tensor, torch.int64, torch.int32)
+    check_shape("q_sample", "flip", flip, (count,))
+    check_dtype("q_sample", "flip", flip, torch.bool)
+    check_device("q_sample", latents=latents, coefficients=coefficients, flip=flip, **per_image)
+    check_rows("q_sample", "t_index", t_index, len(coefficients))
+    check_rows("q_sample", "index", index, len(latents))
+    check_finite("q_sample", "coefficients", coefficients)
+
+
+def _check_extras(
+    latents: Tensor,
+    index: Tensor | None,
+    with_posterior: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    noise: Tensor | None,
+    posterior_noise: Tensor | None,
+) -> None:
+    channels = latents.shape[1] // (2 if with_posterior else 1)
+    shape = (len(latents if index is None else index), channels, *latents.shape[2:])
+    per_channel = {"scale": scale, "shift": shift}
+    normals_given = {"noise": noise, "posterior_noise": posterior_noise}
+    for name, tensor in per_channel.items():
+        check_shape("q_sample", name, tensor, (channels,))
+    for name, tensor in normals_given.items():
+        check_shape("q_sample", name, tensor, shape)
+    check_device("q_sample", latents=latents, **per_channel, **normals_given)
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As kernels take it: contiguous, of one dtype."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+_SCHEMA = (
+    "(Tensor latents, Tensor coefficients, Tensor? t_index, Tensor? index, int kind, Tensor? scale, Tensor? shift, "
+    "Tensor? flip, Tensor? ids, int seed, int purpose, Tensor? noise, Tensor? posterior_noise, int patch, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+_FLAT = tuple(argument.split()[1] for argument in _SCHEMA[1 : _SCHEMA.index(")")].split(", "))
+
+
+def _body(*flat: Any) -> Outputs:
+    how = dict(zip(_FLAT, flat, strict=True))
+    how |= {"kind": get_args(LatentKind)[how["kind"]], "purpose": Purpose(how["purpose"])}
+    how["seed"] = unsigned_seed(how["seed"])
+    return tuple(q_sample_reference(how.pop("latents"), how.pop("coefficients"), how.pop("t_index"), **how))
+
+
+def _outputs(*flat: Any) -> Outputs:
+    how = dict(zip(_FLAT, flat, strict=True))
+    latents, index, patch = how["latents"], how["index"], how["patch"]
+    stored, height, width = latents.shape[1:]
+    shape = (
+        (latents if index is None else index).shape[0],
+        stored // (2 if get_args(LatentKind)[how["kind"]] in _POSTERIOR else 1),
+        height,
+        width,
+    )
+    target = torch.empty(shape, dtype=torch.float32, device=latents.device)
+    return torch.empty(patch_shape(shape, patch), dtype=how["dtype"], device=latents.device), target
+
+
+def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    kernel(*inputs[:-1], *outputs)
+
+
+_op = declare("q_sample", _SCHEMA, body=_body, outputs=_outputs, launch=_launch, backends=("cuda", "triton", "cpu"))

@@ -93,12 +93,17 @@ class TrainStep:
         with autocast(self.config, self._device):
             prediction = self.model(x_t, self.process.time[decisions.t_index], labels)
         result = self.process.loss(
-            prediction, target, decisions.t_index, num_bins=LOSS_BINS, batch_size=self.config.train.batch_size
+            prediction.detach(),
+            target,
+            decisions.t_index,
+            num_bins=LOSS_BINS,
+            batch_size=self.config.train.batch_size,
+            compute_grad=True,
         )
-        result.loss.backward()
+        prediction.backward(result.dprediction)  # the loss has no graph of its own
         self.totals["bin_sum"] += result.bin_sum
         self.totals["bin_count"] += result.bin_count
-        return result.loss.detach()
+        return result.loss
 
     def _draw(self, counter: Tensor, offset: int) -> Draw:
         train = self.config.train

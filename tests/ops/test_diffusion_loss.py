@@ -62,7 +62,7 @@ def test_per_sample_errors_are_not_weighted():
 def test_only_the_loss_carries_a_gradient():
     found = diffusion_loss(*_case(), T_INDEX)
     assert found.loss.requires_grad
-    assert not any(part.requires_grad for part in found[1:])
+    assert not any(part.requires_grad for part in found[1:4])
 
 
 def test_weights_by_sample_equal_weights_by_timestep():
@@ -135,7 +135,7 @@ def test_the_ends_of_real_tables_are_finite(schedule, target, dtype):
     found = process.loss(prediction, noisy.target, t_index)
     found.loss.backward()
     for value in (*noisy, *found, prediction.grad):
-        assert value.isfinite().all()
+        assert value is None or value.isfinite().all()
     # A zero prediction of a standard normal target misses by about 1 at both ends, whatever the target is.
     assert (found.per_sample > 0.1).all()
 

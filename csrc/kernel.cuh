@@ -1,0 +1,89 @@
+/*
+What the CUDA kernels of q_sample and diffusion_loss share: four neighbouring numbers as one access, number formats by
+type or by name, and the check of a launch.
+*/
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "launchers.h"
+
+namespace erd_fast {
+
+// Four numbers that lie in memory at a multiple of their size together: one load, one store.
+template <typename T>
+struct alignas(4 * sizeof(T)) Pack {
+    T value[4];
+};
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(uint8_t value) { return (float)value; }
+__device__ inline float widen(__half value) { return __half2float(value); }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ inline T narrow(float value);
+template <>
+__device__ inline float narrow<float>(float value) { return value; }
+template <>
+__device__ inline __half narrow<__half>(float value) { return __float2half_rn(value); }
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+
+template <typename T>
+__device__ inline void load_4(const void* from, int64_t place, float (&values)[4]) {
+    Pack<T> pack = *(const Pack<T>*)((const T*)from + place);
+#pragma unroll
+    for (int j = 0; j < 4; j++) values[j] = widen(pack.value[j]);
+}
+
+template <typename T>
+__device__ inline void store_4(void* to, int64_t place, const float (&values)[4]) {
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < 4; j++) pack.value[j] = narrow<T>(values[j]);
+    *(Pack<T>*)((T*)to + place) = pack;
+}
+
+__device__ inline float load_as(Dtype dtype, const void* from, int64_t place) {
+    switch (dtype) {
+        case Dtype::BFLOAT16:
+            return widen(((const __nv_bfloat16*)from)[place]);
+        case Dtype::FLOAT16:
+            return widen(((const __half*)from)[place]);
+        case Dtype::UINT8:
+            return widen(((const uint8_t*)from)[place]);
+        default:
+            return ((const float*)from)[place];
+    }
+}
+
+__device__ inline void store_as(Dtype dtype, void* to, int64_t place, float value) {
+    switch (dtype) {
+        case Dtype::BFLOAT16:
+            ((__nv_bfloat16*)to)[place] = narrow<__nv_bfloat16>(value);
+            break;
+        case Dtype::FLOAT16:
+            ((__half*)to)[place] = narrow<__half>(value);
+            break;
+        default:
+            ((float*)to)[place] = value;
+    }
+}
+
+__device__ inline float not_a_number() { return __int_as_float(0x7FFFFFFF); }
+
+inline bool aligned(const void* pointer, int64_t bytes) { return (uintptr_t)pointer % bytes == 0; }
+
+inline void check_launch(const char* op) {
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch: " + cudaGetErrorString(error));
+}
+
+}  // namespace erd_fast

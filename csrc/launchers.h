@@ -1,0 +1,106 @@
+/*
+The compiled ops, free of torch: what each takes, the launcher of its CUDA kernel and its CPU twin.
+
+An argument struct holds raw pointers to contiguous memory; a null pointer is an argument left out. bindings.cpp fills
+it and has checked it. A launcher enqueues on the stream and returns; it throws std::runtime_error if the launch is
+refused. A twin does images [first, last), so that the caller may cut a batch among threads; no result depends on the
+cut.
+*/
+#pragma once
+
+#include <cstdint>
+
+#ifdef ERD_FAST_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace erd_fast {
+
+enum class Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+
+inline int64_t bytes_of(Dtype dtype) {
+    return dtype == Dtype::FLOAT32 ? 4 : dtype == Dtype::UINT8 ? 1 : 2;
+}
+
+// ----------------------------------------------------------------------------
+// draw: the integer decisions of a batch
+
+struct DrawArguments {
+    const int64_t* counter;  // one number on the device
+    uint32_t k0, k1;         // low and high word of the seed
+    uint32_t purpose;
+    int64_t offset, dataset_size, num_timesteps, strata;
+    uint64_t drop_threshold;
+    uint32_t order_side, strata_side;
+    const int64_t* t_table;  // (num_timesteps,) or null
+    int64_t count;
+    int64_t *ids, *sample_index, *t_index;  // (count,) out
+    bool *label_drop, *flip;                // (count,) out
+};
+
+void draw_fwd_cpu(const DrawArguments& a, int64_t first, int64_t last);
+
+// ----------------------------------------------------------------------------
+// q_sample: stored latents to noisy input and target
+
+struct QSampleArguments {
+    const void* latents;  // (stored, C or 2 C, H, W)
+    Dtype latents_dtype;
+    int kind;
+    int64_t stored, count, channels, height, width;
+    const float* coefficients;  // (steps, 4)
+    int64_t steps;
+    const int64_t *t_index, *index;  // (count,) or null: row i for image i
+    const float *scale, *shift;      // (C,) or null
+    const bool* flip;                // (count,) or null
+    const int64_t* ids;              // (count,), where noise is drawn
+    uint32_t k0, k1, purpose;
+    const float *noise, *posterior_noise;  // (count, C, H, W) or null: drawn
+    int64_t patch;                         // 0: x_t like target
+    void* x_t;                             // (count, C, H, W), or tokens
+    Dtype x_t_dtype;
+    float* target;  // (count, C, H, W)
+};
+
+// Rows of latents and coefficients are in range.
+void q_sample_fwd_cpu(const QSampleArguments& a, int64_t first, int64_t last);
+
+// ----------------------------------------------------------------------------
+// diffusion_loss: weighted mean squared error, its parts and its gradient
+
+struct DiffusionLossArguments {
+    const void* prediction;  // (count, predicted_channels, H, W), or tokens
+    Dtype dtype;
+    const float* target;  // (count, C, H, W)
+    int64_t count, channels, predicted_channels, height, width, patch;
+    const float* weight;  // (steps,)
+    int64_t steps;
+    const int64_t* t_index;  // (count,), or null: weight i for image i
+    int64_t batch_size;
+    const float* loss_scale;  // one number on the device, or null: 1
+    float *loss, *per_sample;
+    float *bin_sum, *bin_count;  // (num_bins,)
+    int64_t num_bins;
+    void* dprediction;  // like prediction, or null
+    int32_t* workspace;  // CUDA only: one number, 0 before and after
+};
+
+// Images first, then, once all are done, the sums over them.
+void diffusion_loss_fwd_cpu(const DiffusionLossArguments& a, int64_t first, int64_t last);
+void diffusion_loss_sum_cpu(const DiffusionLossArguments& a);
+
+// ----------------------------------------------------------------------------
+// instruction sets of the CPU twins; results are the same bits on each
+
+enum CpuLevel : int { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+
+int cpu_level();                // in use: the best of this machine, unless one was set
+bool set_cpu_level(int level);  // false, and nothing changes, if this machine lacks it
+
+#ifdef ERD_FAST_CUDA
+void launch_draw_fwd(const DrawArguments& a, cudaStream_t stream);
+void launch_q_sample_fwd(const QSampleArguments& a, cudaStream_t stream);
+void launch_diffusion_loss_fwd(const DiffusionLossArguments& a, cudaStream_t stream);
+#endif
+
+}  // namespace erd_fast

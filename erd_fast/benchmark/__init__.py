@@ -1,0 +1,1 @@
+"""What `erd-fast bench` and the files of bench/ both run: cases, timing, baselines, JSON."""

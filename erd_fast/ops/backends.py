@@ -1,0 +1,122 @@
+"""Which backend an op runs on: what is available, what was asked for, and why not the others.
+
+``auto`` takes the first of cuda, triton, cpu, reference that is there and supports the call. A backend that was asked
+for by name, through ``ERD_FAST_BACKEND`` or :func:`use_backend`, runs or raises; only ``auto`` looks further.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import erd_fast
+from erd_fast.errors import ConfigError, unknown_name
+
+OPS: dict[str, Any] = {}
+"""Every declared op by its name, an :class:`erd_fast.ops.declare.Op`."""
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""In the order in which ``auto`` tries them."""
+_VARIABLE = "ERD_FAST_BACKEND"
+_NO_GPU = "no CUDA device is visible to PyTorch"
+_BUILD = "reinstall with a C++ compiler (and nvcc, for cuda) there: pip install --no-build-isolation -e ."
+
+_chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("erd_fast_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
+    """Run ops on named backends within a ``with`` block: ``use_backend("triton")`` for all ops that have it,
+    ``use_backend(q_sample="cpu", draw="reference")`` or ``use_backend("q_sample=cpu,draw=reference")`` for single ones.
+
+    The block's choice replaces that of ``ERD_FAST_BACKEND``; ``auto`` is a name too.
+
+    Raises:
+        ConfigError: unknown backend or op.
+    """
+    parts = [choice, *(f"{op}={backend}" for op, backend in ops.items())]
+    token = _chosen.set(_parsed(",".join(part for part in parts if part), "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def asked_for(op: str, has: tuple[str, ...]) -> str | None:
+    """The backend named for ``op``, which has the backends ``has``; None is auto."""
+    choice = _chosen.get()
+    if choice is None:
+        choice = _parsed(os.environ.get(_VARIABLE, ""), _VARIABLE)
+    general = choice.get("")
+    named = choice.get(op, general if general in has else None)
+    return None if named == "auto" else named
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str, where: str) -> dict[str, str]:
+    """``"triton"`` is {"": "triton"}; ``"q_sample=cuda,draw=cpu"`` is {"q_sample": "cuda", "draw": "cpu"}."""
+    choice: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        op, _, backend = part.rpartition("=")
+        if op and op not in OPS:
+            raise ConfigError(f"{where}: {unknown_name('op', op, OPS)}")
+        if backend not in (*BACKENDS, "auto"):
+            raise ConfigError(f"{where}: {unknown_name('backend', backend, (*BACKENDS, 'auto'))}")
+        choice[op] = backend
+    return choice
+
+
+def absence(backend: str) -> tuple[str, str] | None:
+    """(reason, remedy) why no op can run on ``backend`` here; None if it is there."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_absence()
+    compiled, reason = extension()
+    if backend not in compiled:
+        return reason, _BUILD
+    if backend == "cuda" and not torch.cuda.is_available():
+        return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
+    return None
+
+
+def _triton_absence() -> tuple[str, str] | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed", "pip install triton"
+    if not torch.cuda.is_available() and not interpreted():
+        return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend (reference runs everywhere)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def extension() -> tuple[frozenset[str], str]:
+    """(compiled backends, why not more) of the extension ``erd_fast._C``, which is loaded at the first call."""
+    package = Path(erd_fast.__file__).parent
+    built = _build_facts(package / "_build.json")
+    reason = str(built.get("reason") or "the compiled extension was not built")
+    library = next(package.glob("_C*.so"), None)
+    if library is None:
+        return frozenset(), reason
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return frozenset(), f"the compiled extension does not load with torch {torch.__version__}: {error}"
+    return frozenset(name for name in ("cpu", "cuda") if built.get(name)), reason
+
+
+def _build_facts(file: Path) -> dict[str, object]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}

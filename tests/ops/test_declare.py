@@ -1,0 +1,231 @@
+"""declare and backends: which backend runs, what is refused and why, and what torch's machinery makes of an op."""
+
+import contextlib
+import logging
+import re
+
+import pytest
+import torch
+
+import erd_fast
+from erd_fast import ops
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.errors import BackendUnavailableError, ConfigError
+from erd_fast.ops import OPS, backends, diffusion_loss, explain, q_sample, use_backend
+from erd_fast.ops.declare import declare
+from erd_fast.ops.diffusion_loss import diffusion_loss_reference
+from erd_fast.ops.layout import to_images, to_patches
+
+T_INDEX = torch.tensor([1, 200, 999, 0])
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the backend would run on this machine's GPU")
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+PREDICTION, TARGET = torch.randn(2, 4, 3, 4, 4, generator=GENERATOR)
+WEIGHT = torch.rand(1000, generator=GENERATOR) + 0.5
+
+
+def case() -> tuple[torch.Tensor, ...]:
+    """(prediction, target, weight) of four images."""
+    return PREDICTION.clone(), TARGET.clone(), WEIGHT.clone()
+
+
+def loss_of(prediction: torch.Tensor) -> torch.Tensor:
+    _, target, weight = case()
+    return diffusion_loss(prediction, target, weight, T_INDEX).loss
+
+
+def reference_of(prediction: torch.Tensor) -> torch.Tensor:
+    _, target, weight = case()
+    return diffusion_loss_reference(prediction, target, weight, T_INDEX, num_bins=10, batch_size=None).loss
+
+
+def test_every_op_has_the_reference():
+    for name, op in OPS.items():
+        assert op.name == name and op.backends[-1] == "reference" and set(op.backends) <= set(ops.BACKENDS)
+        with use_backend("reference"):
+            assert op.choose(torch.tensor(0)) == "reference"
+
+
+def test_a_name_is_declared_once():
+    with pytest.raises(ValueError, match="op draw is declared twice"):
+        declare("draw", "() -> ()", body=tuple, outputs=tuple, launch=print, backends=())
+
+
+@NO_GPU
+@pytest.mark.parametrize("choose", ["variable", "context"])
+@pytest.mark.parametrize("text", ["triton", "q_sample=triton", "draw=reference, q_sample=triton"])
+def test_a_named_backend_that_cannot_run_raises(choose, text, monkeypatch):
+    if choose == "variable":
+        monkeypatch.setenv("ERD_FAST_BACKEND", text)
+        context = contextlib.nullcontext()
+    else:
+        context = use_backend(text)
+    process = DiffusionProcess(get_schedule("cosine", 10))
+    with context, pytest.raises(BackendUnavailableError) as caught:
+        process.q_sample(torch.zeros(1, 1, 2, 2), torch.tensor([3]), ids=torch.tensor([0]), seed=0)
+    error = caught.value
+    assert (error.op, error.backend) == ("q_sample", "triton")
+    assert "no CUDA device" in error.reason and "another backend" in error.remedy
+    assert error.reason in str(error) and error.remedy in str(error)
+
+
+def test_ops_without_the_named_backend_stay_auto(monkeypatch):
+    monkeypatch.setattr(OPS["draw"], "backends", ("cpu", "reference"))
+    with use_backend("triton"):
+        assert backends.asked_for("draw", OPS["draw"].backends) is None
+        assert backends.asked_for("q_sample", OPS["q_sample"].backends) == "triton"
+    with (
+        use_backend("triton", draw="triton"),
+        pytest.raises(BackendUnavailableError, match="draw has no triton backend"),
+    ):
+        OPS["draw"].choose(torch.tensor(0))
+
+
+def test_a_block_replaces_the_variable_and_ends(monkeypatch):
+    monkeypatch.setenv("ERD_FAST_BACKEND", "q_sample=triton")
+    every = ops.BACKENDS
+    assert backends.asked_for("q_sample", every) == "triton"
+    with use_backend("auto"):
+        assert backends.asked_for("q_sample", every) is None
+        with use_backend(q_sample="reference"):
+            assert backends.asked_for("q_sample", every) == "reference"
+            assert backends.asked_for("draw", every) is None
+        assert backends.asked_for("q_sample", every) is None
+    assert backends.asked_for("q_sample", every) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tritn", "unknown backend 'tritn' (did you mean 'triton'?)"),
+        ("q_smple=cuda", "unknown op 'q_smple' (did you mean 'q_sample'?)"),
+        ("q_sample=", "unknown backend ''"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(text, message, monkeypatch):
+    with pytest.raises(ConfigError, match=re.escape(message)), use_backend(text):
+        pass
+    monkeypatch.setenv("ERD_FAST_BACKEND", text)
+    with pytest.raises(ConfigError, match="ERD_FAST_BACKEND: unknown"):
+        q_sample(torch.zeros(1, 1, 2, 2), torch.ones(1, 4), noise=torch.zeros(1, 1, 2, 2))
+
+
+def test_explain_says_which_and_why_not():
+    text = explain("q_sample")
+    assert text.splitlines()[0].startswith("q_sample takes ") and len(text.splitlines()) == 1 + len(ops.BACKENDS)
+    with use_backend("reference"):
+        prediction, target, weight = case()
+        text = explain("diffusion_loss", prediction, target, weight, T_INDEX)
+        assert text.startswith("diffusion_loss takes reference, asked for by name")
+        assert not re.search(r"cuda: can run", text)
+    target.requires_grad_()
+    assert "differentiable reference" in explain("diffusion_loss", prediction, target, weight, T_INDEX)
+    with pytest.raises(ConfigError, match="did you mean 'draw'"):
+        explain("drow")
+    with pytest.raises(ValueError, match="diffusion_loss: weight"):
+        explain("diffusion_loss", prediction, target, weight[:3])
+    assert erd_fast.explain is explain and erd_fast.use_backend is use_backend
+
+
+def test_what_runs_is_logged_once(caplog):
+    prediction, _, _ = case()
+    OPS["diffusion_loss"].used = None
+    with caplog.at_level(logging.INFO, "erd_fast.ops"), use_backend("reference"):
+        loss_of(prediction)
+        loss_of(prediction)
+    assert [record.message for record in caplog.records] == ["diffusion_loss runs on reference"]
+    assert OPS["diffusion_loss"].used == "reference"
+
+
+def test_gradients_are_those_of_the_reference():
+    prediction = case()[0].requires_grad_()
+    found, expected = (torch.autograd.grad(3.0 * f(prediction), prediction)[0] for f in (loss_of, reference_of))
+    # Three float32 products in another order.
+    assert (found - expected).abs().max() <= 4 * 2.0**-24 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch.func.jvp's own
+def test_functorch_and_forward_mode_are_those_of_the_reference():
+    prediction, (direction, *_) = case()[0], case()[1:]
+    expected = torch.func.grad(reference_of)(prediction)
+    assert torch.equal(torch.func.jacrev(loss_of)(prediction), expected)
+    _, tangent = torch.func.jvp(loss_of, (prediction,), (direction,))
+    _, reference_tangent = torch.func.jvp(reference_of, (prediction,), (direction,))
+    assert torch.equal(tangent, reference_tangent) and tangent != 0
+    stacked = torch.stack((prediction, 2 * prediction))
+    assert torch.equal(torch.func.vmap(loss_of)(stacked), torch.func.vmap(reference_of)(stacked))
+
+
+def test_a_second_derivative_is_refused_and_the_reference_has_it():
+    prediction = case()[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss_of(prediction), prediction, create_graph=True)
+    (gradient,) = torch.autograd.grad(reference_of(prediction), prediction, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), prediction)[0].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own tests
+def test_ops_pass_the_checks_of_torch():
+    prediction, target, weight = case()
+    loss = (prediction.requires_grad_(), target, weight, T_INDEX, 10, 4, 0, True, None, "reference")
+    torch.library.opcheck(torch.ops.erd_fast.diffusion_loss_fwd.default, loss)
+    rows = torch.rand(1000, 4)
+    for patch, dtype in ((0, torch.float32), (2, torch.bfloat16)):
+        call = (target, rows, T_INDEX, None, 0, None, None, None, T_INDEX, 3, 0, None, None, patch, dtype, "reference")
+        torch.library.opcheck(torch.ops.erd_fast.q_sample_fwd.default, call)
+    table = torch.tensor([1 << 20, 1 << 31, 1 << 32])
+    call = (torch.tensor(5), 3, 8, 100, 3, 7, 0, 0, table, 8, "reference")
+    torch.library.opcheck(torch.ops.erd_fast.draw_fwd.default, call)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_step_compiles_into_one_graph():
+    process = DiffusionProcess(get_schedule("cosine"), "v")
+
+    def step(counter, latents, prediction):
+        drawn = process.draw(counter, global_batch=4, seed=1, batch_size=4, dataset_size=4)
+        noisy = process.q_sample(latents, drawn.t_index, ids=drawn.ids, index=drawn.sample_index, seed=1)
+        return noisy.x_t, process.loss(prediction, noisy.target, drawn.t_index).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    prediction = case()[0].requires_grad_()
+    results = []
+    for run in (step, compiled):
+        x_t, loss = run(torch.tensor(0), case()[1], prediction)
+        results.append((x_t, loss, torch.autograd.grad(loss, prediction)[0]))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_the_training_path_needs_no_autograd_of_the_loss():
+    prediction, target, weight = case()
+    scale = torch.tensor(8.0)
+    plain = diffusion_loss(prediction, target, weight, T_INDEX, compute_grad=True)
+    scaled = diffusion_loss(prediction, target, weight, T_INDEX, compute_grad=True, loss_scale=scale)
+    expected = torch.autograd.grad(reference_of(prediction.requires_grad_()), prediction)[0]
+    assert (plain.dprediction - expected).abs().max() <= 4 * 2.0**-24 * expected.abs().max()
+    assert torch.equal(scaled.dprediction, 8.0 * plain.dprediction) and torch.equal(scaled.loss, plain.loss)
+    assert diffusion_loss(prediction.detach(), target, weight, T_INDEX).dprediction is None
+    with pytest.raises(ValueError, match="allowed a detached one with loss_scale"):
+        diffusion_loss(prediction, target, weight, T_INDEX, loss_scale=scale)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patch_tokens_hold_the_image(patch):
+    images = torch.arange(2 * 3 * 8 * 4).reshape(2, 3, 8, 4)
+    tokens = to_patches(images, patch)
+    assert torch.equal(to_images(tokens, patch, 8, 4), images)
+    y, x, channel = 5, 2, 1
+    token, feature = (y // patch) * (4 // patch) + x // patch, ((y % patch) * patch + x % patch) * 3 + channel
+    assert torch.equal(tokens[:, token, feature], images[:, channel, y, x])
+
+
+def test_both_layouts_are_one_loss():
+    prediction, target, weight = case()
+    wide = torch.cat((prediction, torch.full_like(prediction, 1e9)), dim=1)
+    for images in (prediction, wide):
+        by_image = diffusion_loss(images, target, weight, T_INDEX, compute_grad=True)
+        by_patch = diffusion_loss(to_patches(images, 2), target, weight, T_INDEX, patch=2, compute_grad=True)
+        assert torch.equal(by_image.loss, by_patch.loss)
+        assert torch.equal(to_patches(by_image.dprediction, 2), by_patch.dprediction)

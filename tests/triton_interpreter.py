@@ -1,0 +1,75 @@
+"""Run launchers of kernels/ in Triton's interpreter, on CPU tensors.
+
+Triton reads TRITON_INTERPRET when it is imported, so the calls of a test file go to one process of their own and come
+back with their outputs filled::
+
+    calls = [Call("draw", (counter, seed, ..., flip)), ...]
+    for arguments in interpret(calls, tmp_path): ...
+
+The interpreter computes with NumPy: tl.fma rounds twice, float32 to bfloat16 is cut off instead of rounded, and
+programs run one after another in the order of the grid.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+UNIT = 2.0**-24  # a float32 operation rounds by this, relative
+# What one rounding of a float32 to a type changes, relative and (below the normal range) absolute. bfloat16 is cut off:
+# a whole ulp instead of half.
+ROUNDING = {torch.float32: (0.0, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-7, 0.0)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """``erd_fast.kernels.<op>.<function>(*arguments)``; arguments are tensors, numbers, None."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    function: str = "forward"
+
+
+def interpret(calls: list[Call], folder: Path) -> list[tuple[Any, ...]]:
+    """Arguments of each call after it ran; the caller's tensors are left as they were."""
+    torch.save([(call.op, call.function, call.arguments) for call in calls], folder / "calls.pt")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return torch.load(folder / "results.pt")
+
+
+def to_patches(images: Tensor, patch: int) -> Tensor:
+    """(N, C, H, W) to the patch tokens of kernels/: (N, (H/p)(W/p), p*p*C), a feature (y%p, x%p, c)."""
+    n, c, h, w = images.shape
+    cut = images.reshape(n, c, h // patch, patch, w // patch, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch * patch * c)
+
+
+def _main(folder: Path) -> int:
+    results = []
+    for number, (op, function, arguments) in enumerate(torch.load(folder / "calls.pt")):
+        try:
+            getattr(importlib.import_module(f"erd_fast.kernels.{op}"), function)(*arguments)
+        except Exception:
+            traceback.print_exc()
+            print(f"call {number}: {op}.{function}", file=sys.stderr)
+            return 1
+        results.append(arguments)
+    torch.save(results, folder / "results.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1])))
