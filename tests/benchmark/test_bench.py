@@ -54,7 +54,7 @@ def test_a_backend_that_is_wrong_is_not_timed(monkeypatch, eager_in_place_of_com
     body = OPS["q_sample"].body
     monkeypatch.setattr(OPS["q_sample"], "body", lambda *args: tuple(1.001 * value for value in body(*args)))
     case = next(case for case in op_cases("q_sample", 2, CPU, 1) if case.comparable)
-    with use_backend("reference"), pytest.raises(RunError, match="q_sample given N=2 on reference is .* away"):
+    with use_backend("reference"), pytest.raises(RunError, match=r"q_sample given N=2 on reference is .* away"):
         bench._check(case, "reference")
 
 
