@@ -45,10 +45,10 @@ def open_dataset(path: str, verify: bool | None = None) -> LatentStore:
         return _cached(path, BUNDLED[path], verify)
     folder = Path(path)
     if not folder.is_dir():
-        remedy = "; Debian's package dataset-fashion-mnist makes it" if path == FASHION_MNIST else ""
-        raise DataError(
-            f"data.path: {path} is no folder{remedy}, and {unknown_name('bundled data set', path, BUNDLED)}"
-        )
+        hint = f", and {unknown_name('bundled data set', path, BUNDLED)}" if "/" not in path else ""
+        if path == FASHION_MNIST:
+            hint = "; Debian's package dataset-fashion-mnist makes it, or name another folder of IDX files"
+        raise DataError(f"data.path: {path} is no folder{hint}")
     if (folder / "manifest.json").is_file() or (files := find_idx(folder)) is None:
         return LatentStore(folder, verify)
     return _cached(idx_identity(files), functools.partial(import_idx, files), verify)
