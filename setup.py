@@ -255,10 +255,10 @@ def record(folder: Path, built: dict[str, object]) -> None:
 
 
 def extensions() -> list[Extension]:
-    if not plan().cpu:
+    if "sdist" not in sys.argv and not plan().cpu:  # an sdist has the sources, whatever this machine can build
         return []
     sources = [f"csrc/{name}" for name in (*CPU_SOURCES, *CUDA_SOURCES)]
-    headers = [f"csrc/{name}" for name in HEADERS]  # as `depends` they reach the sdist
+    headers = [f"csrc/{name}" for name in HEADERS]  # `depends` takes them into the sdist
     # optional: BuildExt says itself what failed, and an installation goes on without.
     return [Extension("erd_fast._C", sources=sources, depends=headers, py_limited_api=True, optional=True)]
 

@@ -26,7 +26,7 @@ from erd_fast.data.store import LatentStore, write_store
 from erd_fast.errors import DataError
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
-_BATCH = 4096
+_PIECE = 1 << 24  # bytes read, and about as many imported, at a time
 _UNSIGNED_BYTE = 8
 
 
@@ -92,8 +92,9 @@ def _batches(file: Path, classes: Tensor, labels: Path) -> Iterator[tuple[Tensor
             raise DataError(f"{file}: given images of {height} x {width} pixels, allowed at least 1 x 1")
         print(f"importing {count} images of {file.parent}", flush=True)
         with tqdm(total=count, desc="importing", unit="image", disable=not sys.stderr.isatty()) as bar:
-            for first in range(0, count, _BATCH):
-                size = min(_BATCH, count - first)
+            batch = max(1, _PIECE // (height * width))
+            for first in range(0, count, batch):
+                size = min(batch, count - first)
                 pixels = _exactly(stream, file, size * height * width, count * height * width)
                 rows = torch.from_numpy(pixels).view(size, 1, height, width)
                 yield rows, classes[first : first + size]
@@ -125,10 +126,13 @@ def _dimensions(stream: IO[bytes], file: Path, wanted: int) -> tuple[int, ...]:
 
 
 def _exactly(stream: IO[bytes], file: Path, size: int, whole: int) -> np.ndarray:
-    content = stream.read(size)
-    if len(content) < size:
-        raise DataError(f"{file} is truncated: its header promises {whole} numbers, and it ends before them")
-    return np.frombuffer(bytearray(content), np.uint8)
+    content = bytearray()
+    while len(content) < size:  # in pieces, as the header of a damaged file may promise any size
+        piece = stream.read(min(size - len(content), _PIECE))
+        if not piece:
+            raise DataError(f"{file} is truncated: its header promises {whole} numbers, and it ends before them")
+        content += piece
+    return np.frombuffer(content, np.uint8)
 
 
 def _at_end(stream: IO[bytes], file: Path, whole: int) -> None:

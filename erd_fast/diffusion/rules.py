@@ -60,7 +60,7 @@ class Rule:
 
 
 def _one(x: Terms) -> Any:
-    return 1.0 + 0.0 * x.alpha
+    return 1.0 + 0.0 * (x.alpha + x.sigma)
 
 
 def _erd(target: str) -> Form:

@@ -139,7 +139,10 @@ class DiscreteSchedule(Schedule):
         return tuple(torch.as_tensor(table, device=t.device)[index] for table in tables)
 
     def time_at(self, ratio: Array) -> Array:
-        distance = np.abs(np.asarray(ratio)[..., None] - self.ratio)
+        # Not a step without noise or without signal: no sampler can start or go on there.
+        usable = (self.ratio > 0) & np.isfinite(self.ratio)
+        grid = np.where(usable, self.ratio, 0.0)
+        distance = np.where(usable, np.abs(np.asarray(ratio)[..., None] - grid), np.inf)
         return np.argmin(distance, axis=-1).astype(np.float64)
 
 

@@ -31,8 +31,9 @@ def loss_weight(
 
     ``erd``: sqrt((c_x alpha)^2 + (c_eps sigma)^2), with (c_x, c_eps) of the target: alpha for x0, sigma for eps,
     sqrt(2) alpha sigma for v, sqrt(alpha^2 + sigma^2) for u. The others are listed in :data:`RULES`; for a target
-    that a rule was not published for, the weight of the same objective is derived (:func:`is_derived`). Where alpha is
-    0, a rule that divides by the SNR gives 1. Computed in float64.
+    that a rule was not published for, the weight is carried over from its form on x0 or eps (:func:`is_derived`). The
+    published v forms of min_snr, soft_min_snr and p2 are the same objective where the variance is preserved; that of
+    debias is another one. Where alpha is 0, a rule that divides by the SNR gives 1. Computed in float64.
 
     Args:
         alpha, sigma: >= 0 and not both 0; floats, NumPy arrays or tensors. Values on a GPU are not read back to check.
@@ -123,6 +124,14 @@ def weight_table(
             f"weighting {rule} of target {target}, reading {reading}: given {table[at]} at index {at} of schedule "
             f"{schedule.name} (alpha {schedule.alpha[at]}, sigma {schedule.sigma[at]}); allowed finite weights"
         )
+    mean = _mean(table, p)
+    with np.errstate(divide="ignore", over="ignore"):
+        usable = normalize == "none" or np.isfinite(1.0 / np.float64(mean))
+    if not usable:
+        raise ConfigError(
+            f"weighting {rule} of target {target} with gamma {gamma}, k {k} on schedule {schedule.name}: given weights "
+            f"with mean {mean:g}, allowed a mean that can be divided by"
+        )
     return _normalized(table, p, normalize, clip_max)
 
 
@@ -145,18 +154,31 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor | None:
 
 def _weight(rule: Rule, target: str, xp: Any, values: list[Any], gamma: float, k: float, check: bool) -> Any:
     alpha, sigma, d_alpha, d_sigma = values
-    if check:
-        _check("alpha", alpha, (alpha >= 0).all() and xp.isfinite(alpha).all(), "finite numbers >= 0")
-        _check("sigma", sigma, (sigma >= 0).all() and xp.isfinite(sigma).all(), "finite numbers >= 0")
-        _check("alpha, sigma", (alpha, sigma), (alpha + sigma > 0).all(), "one of them above 0")
+    if check and not (xp is torch and _traced()):
+        _check_terms("alpha", alpha, xp)
+        _check_terms("sigma", sigma, xp)
+        _check("alpha, sigma", "0 and 0", (alpha + sigma > 0).all(), "one of them above 0")
     terms = Terms(alpha, sigma, d_alpha, d_sigma, gamma, k, xp.maximum)
     if target in rule.published:
         weight = rule.published[target](terms)
     else:
         assert rule.invariant is not None
         weight = rule.invariant(terms) / determinant(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma) ** 2
-    undefined = ~xp.isfinite(weight) & (alpha == 0)
+    undefined = ~xp.isfinite(weight) & (alpha**2 == 0)
     return xp.where(undefined, xp.ones_like(weight), weight)
+
+
+def _traced() -> bool:
+    """Within torch.compile or a functorch transform, where values cannot be looked at."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _check_terms(field: str, values: Any, xp: Any) -> None:
+    wrong = ~((values >= 0) & xp.isfinite(values))
+    if wrong.any():
+        at = int(np.flatnonzero(np.asarray(wrong))[0])
+        where = f" at index {at}" if values.ndim else ""
+        raise ConfigError(f"{field}: given {float(values.reshape(-1)[at])}{where}, allowed finite numbers >= 0")
 
 
 def _check(field: str, given: Any, right: Any, allowed: str) -> None:

@@ -178,7 +178,11 @@ def _picture(found: list[Weighting]) -> bytes:
             row[0].set(title=f"target {target}: weight, mean 1", xlabel="t", xlim=(0, 1))
             row[1].set(title=f"target {target}: in x0-space", xlabel="log-SNR")
             row[2].set(title=f"target {target}: effort over log-SNR", xlabel="log-SNR", yscale="linear")
-            row[2].set_ylim(0, 2.0 * max(weighting.effort[by_snr].max() for weighting in mine[:2]))
+            row[2].set_ylim(
+                0,
+                2.0
+                * max(weighting.effort[by_snr].max() for weighting in mine if weighting.rule in ("constant", "erd")),
+            )
             for axes in row[:2]:
                 _limit_decades(axes)
             for axes in row[1:]:
@@ -217,7 +221,7 @@ _INTRODUCTION = (
 _IDENTITIES = "Both sides are computed on the schedules named, and differ by rounding alone."
 _RULES = (
     "Log-SNR above which half of the effort lies (5 % and 95 % of it), and the largest weight over its mean. "
-    "* derived: this form was not published, it is the same objective as the published ones."
+    "* derived: not published for this target, carried over from the rule's form on x0 or eps."
 )
 
 

@@ -90,7 +90,7 @@ def heun(
 def noise_levels(schedule: Schedule, steps: int) -> tuple[Array, Array]:
     """Model times (steps,) and their ratios sigma / alpha with a last 0, (steps + 1,), from the noisiest on."""
     grid = schedule.ratio
-    high, low = min(_SIGMA_MAX, grid.max()), max(_SIGMA_MIN, grid.min())
+    high, low = min(_SIGMA_MAX, grid.max()), max(_SIGMA_MIN, grid[grid > 0].min())
     ramp = np.linspace(0.0, 1.0, steps)
     ratios = (high ** (1 / _RHO) + ramp * (low ** (1 / _RHO) - high ** (1 / _RHO))) ** _RHO
     times = schedule.time_at(ratios)

@@ -105,22 +105,23 @@ class DiffusionConfig:
     """Loss weighting over noise levels: constant, erd, min_snr, max_snr, soft_min_snr, p2, debias, min_debias,
     max_debias, snr, inv_snr, trunc_snr, sigma_sqrt, cosmap, sit_velocity, sit_likelihood."""
     gamma: float | None = None
-    """Of min_snr, max_snr, soft_min_snr (5 unless given) and p2 (1)."""
+    """SNR limit of min_snr, max_snr, soft_min_snr (5 unless given); exponent of p2 (1)."""
     k: float = 1.0
-    """Of p2."""
+    """Of p2, 1 / (k + SNR)^gamma."""
     normalize: Normalize = "mean"
     """mean: keep the average loss scale; none: as the rule gives it; max: at most 1."""
     reading: Reading = "t"
     """t: the rule weights uniform t; log_snr: it is the wanted effort over log-SNR."""
     clip_max: float | None = None
-    """Largest weight."""
+    """Largest weight; 1 or more with normalize mean."""
     importance_correct: bool = False
     """Divide the weight by the timestep density: the objective of uniform t under any t_sampler."""
     t_sampler: TSampler = "uniform"
     """Timesteps: uniform, stratified over the batch, logit_normal, or drawn in proportion to the weight."""
     logit_mean: float = 0.0
-    """Of logit_normal; above 0 there is more noise."""
+    """Of logit_normal, t = sigmoid(logit_mean + logit_std n); above 0 there is more noise."""
     logit_std: float = 1.0
+    """Of logit_normal."""
 
     def __post_init__(self) -> None:
         _one_of("diffusion.schedule", self.schedule, SCHEDULES)
@@ -141,8 +142,10 @@ class DiffusionConfig:
         _allow("diffusion.clip_max", self.clip_max, reached, "1 or more with normalize mean")
         with_gamma = ", ".join(name for name, other in RULES.items() if other.gamma is not None)
         takes_gamma = self.gamma is None or rule.gamma is not None
-        _allow("diffusion.gamma", self.gamma, takes_gamma, f"none for weighting {self.weighting}; of {with_gamma}")
-        _allow("diffusion.k", self.k, self.k == 1.0 or rule.uses_k, f"1 for weighting {self.weighting}; of p2")
+        _allow(
+            "diffusion.gamma", self.gamma, takes_gamma, f"none with {self.weighting} (gamma belongs to {with_gamma})"
+        )
+        _allow("diffusion.k", self.k, self.k == 1.0 or rule.uses_k, f"1 with {self.weighting} (k belongs to p2)")
         weight_sampled = self.t_sampler == "weight" and self.importance_correct
         _allow("diffusion.importance_correct", True, not weight_sampled, "False with t_sampler weight")
 

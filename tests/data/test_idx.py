@@ -29,6 +29,11 @@ def write_pair(folder, images=None, labels=None, zipped=False):
     return folder
 
 
+def huge(*sizes):
+    """A header that promises more than any memory holds, and a few bytes."""
+    return bytes((0, 0, 8, len(sizes))) + np.array(sizes, ">u4").tobytes() + b"few"
+
+
 def imported(folder, path):
     files = find_idx(folder)
     assert files is not None
@@ -44,9 +49,11 @@ def test_images_and_labels_arrive_as_they_are(tmp_path, zipped):
 
 
 def test_more_images_than_one_batch_keep_their_order(tmp_path):
-    images = np.arange(5000, dtype=np.uint16).view(np.uint8).reshape(5000, 1, 2)  # each image is its own number
+    images = (
+        np.repeat(np.arange(5000, dtype=np.uint16), 2048).view(np.uint8).reshape(5000, 64, 64)
+    )  # each image is its own number
     store = imported(write_pair(tmp_path / "idx", images, np.arange(5000) % 10), tmp_path / "store")
-    rows = torch.tensor([0, 4095, 4096, 4999])
+    rows = torch.tensor([0, 4095, 4096, 4999])  # a piece is 4096 images of 64 x 64
     assert torch.equal(store.gather(rows)[:, 0], torch.from_numpy(images)[rows])
     assert store.labels[rows].tolist() == [0, 5, 6, 9]
 
@@ -88,6 +95,9 @@ def test_plain_files_come_before_gzipped_ones(tmp_path):
         (idx_bytes(IMAGES)[:-1], None, "train-images-idx3-ubyte is truncated: its header promises 1750 numbers"),
         (idx_bytes(IMAGES)[:9], None, "train-images-idx3-ubyte is truncated: it ends in its header"),
         (idx_bytes(IMAGES) + b"x", None, "train-images-idx3-ubyte is damaged: .* it holds more"),
+        (huge(50, 0xFFFFFFFF, 0xFFFFFFFF), None, "train-images-idx3-ubyte is truncated: its header promises"),
+        (huge(50, 0x7FFFFFFF, 100), None, "train-images-idx3-ubyte is truncated: its header promises"),
+        (None, huge(0xFFFFFFFF), "train-labels-idx1-ubyte is truncated: its header promises 4294967295"),
         (b"", None, "train-images-idx3-ubyte: given a file that begins with nothing, allowed 00 00 08 03"),
         (idx_bytes(LABELS), None, "train-images-idx3-ubyte: given a file that begins with 00 00 08 01, allowed"),
         (b"\0\0\x0d\x03" + idx_bytes(IMAGES)[4:], None, "begins with 00 00 0d 03, allowed 00 00 08 03"),

@@ -390,3 +390,8 @@ def test_missing_derivatives_are_named(rule, target, named):
     for given in ({}, {"d_alpha": -1.0}, {"d_sigma": 1.0}):
         with pytest.raises(ConfigError, match=f"{named}: d_alpha, d_sigma: not given, allowed the derivatives of"):
             loss_weight(rule, target, 0.6, 0.8, **given)
+
+
+def test_weights_that_vanish_are_refused():
+    with pytest.raises(ConfigError, match=r"weighting p2 of target eps with gamma 1000, k 3.0 .* mean 0, allowed"):
+        weight_table("p2", "eps", get_schedule("cosine"), gamma=1000, k=3.0)

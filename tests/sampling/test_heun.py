@@ -292,3 +292,11 @@ def test_what_cannot_be_sampled_is_refused():
         heun(_Unconditional(), grid, "eps", noise, cfg_scale=1.5, labels=torch.tensor([0, 1]))
     with pytest.raises(ConfigError, match="unknown target 'vel'"):
         heun(_Unconditional(), grid, "vel", noise)
+
+
+def test_a_table_without_noise_at_its_beginning_ends_at_its_first_noise():
+    schedule = DiscreteSchedule("clean", np.cos(np.arange(50) / 50 * np.pi / 2))  # sigma[0] is 0
+    noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    samples = heun(lambda x, t, y: torch.zeros_like(x), schedule, "x0", noise, steps=60)
+    assert torch.isfinite(samples).all()
+    assert schedule.time_at(np.array([0.0, 1e-9])).tolist() == [1.0, 1.0]
