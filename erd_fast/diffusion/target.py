@@ -74,7 +74,7 @@ def invert_target(
     targets cannot undo where alpha or sigma is 0.
     """
     c_x, c_eps = target_coefficients(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
-    size = c_x * sigma - c_eps * alpha
+    size = determinant(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
     return (sigma * prediction - c_eps * x_t) / size, (c_x * x_t - alpha * prediction) / size
 
 
@@ -96,7 +96,7 @@ def convert_target(
     """
     c_x, c_eps = target_coefficients(source, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
     c_x_new, c_eps_new = target_coefficients(target, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma)
-    size, size_new = c_x * sigma - c_eps * alpha, c_x_new * sigma - c_eps_new * alpha
+    size, size_new = (determinant(name, alpha, sigma, d_alpha=d_alpha, d_sigma=d_sigma) for name in (source, target))
     return (size_new / size) * prediction + ((c_x * c_eps_new - c_eps * c_x_new) / size) * x_t
 
 

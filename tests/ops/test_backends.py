@@ -101,7 +101,10 @@ def test_noisy_images_are_those_of_the_reference(backend, shape, patch, kind, st
     if mirrored:
         how |= {"flip": torch.tensor([True, False, True, True, False])}
     if kind != "pixels":
-        how |= {"scale": torch.rand(channels, generator=GENERATOR) + 0.5, "shift": torch.rand(channels)}
+        how |= {
+            "scale": torch.rand(channels, generator=GENERATOR) + 0.5,
+            "shift": torch.rand(channels, generator=GENERATOR),
+        }
     rows, t_index = torch.rand(10, 4, generator=GENERATOR) - 0.3, torch.tensor([0, 9, 4, 4, 7])
     how = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in how.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
