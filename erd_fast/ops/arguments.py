@@ -1,22 +1,27 @@
 """Checks that ops share: op, argument, given, allowed."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def check_shape(op: str, argument: str, given: Tensor | None, allowed: tuple[int, ...]) -> None:
     """Raise ValueError unless ``given`` is None or has the shape ``allowed``: nothing broadcasts by accident."""
-    if given is not None and tuple(given.shape) != allowed:
+    if given is not None and given.shape != allowed:
         raise ValueError(f"{op}: {argument}: given shape {tuple(given.shape)}, allowed {allowed}")
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of the first."""
-    there = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
-    first, device = there[0]
-    for name, other in there[1:]:
-        if other != device:
-            raise ValueError(f"{op}: {name}: given a tensor on {other}, allowed {device}, where {first} is")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name}: given a tensor on {tensor.device}, allowed {device}, where {first} is")
 
 
 def check_dtype(op: str, argument: str, given: Tensor | None, *allowed: torch.dtype) -> None:
@@ -27,17 +32,28 @@ def check_dtype(op: str, argument: str, given: Tensor | None, *allowed: torch.dt
 
 def check_rows(op: str, argument: str, given: Tensor | None, limit: int) -> None:
     """Raise ValueError unless ``given`` holds rows in [0, limit). On a GPU it is not read back: kernels check there."""
-    if given is None or given.device.type != "cpu" or torch.compiler.is_compiling() or not given.numel():
+    if given is None or not _readable(given):
         return
-    low, high = (int(value) for value in given.aminmax())
+    low, high = _extremes(given)
     if low < 0 or high >= limit:
         raise ValueError(f"{op}: {argument}: given {low if low < 0 else high}, allowed 0 to {limit - 1}")
 
 
 def check_finite(op: str, argument: str, given: Tensor | None) -> None:
     """Raise ValueError unless all numbers are finite. On a GPU they are not read back."""
-    if given is None or given.device.type != "cpu" or torch.compiler.is_compiling():
+    if given is None or not _readable(given):
         return
-    if not torch.isfinite(given).all():
-        row = int((~torch.isfinite(given)).reshape(len(given), -1).any(1).nonzero()[0])
+    if not all(map(math.isfinite, _extremes(given))):  # NaN is both extremes
+        row = int((~torch.isfinite(given)).reshape(given.shape[0], -1).any(1).nonzero()[0])
         raise ValueError(f"{op}: {argument}: given {given[row].tolist()} in row {row}, allowed finite numbers")
+
+
+def _readable(given: Tensor) -> bool:
+    """Whether looking at the numbers costs no synchronisation, and there are some: a trace has shapes alone."""
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return given.device.type == "cpu" and not tracing and given.numel() > 0
+
+
+def _extremes(given: Tensor) -> tuple[float, float]:
+    low, high = given.aminmax()
+    return low.item(), high.item()

@@ -81,21 +81,28 @@ def absence(backend: str) -> tuple[str, str] | None:
     compiled, reason = extension()
     if backend not in compiled:
         return reason, _BUILD
-    if backend == "cuda" and not torch.cuda.is_available():
+    if backend == "cuda" and not _gpu():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
     return None
 
 
+@functools.cache
+def _gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
 def _triton_absence() -> tuple[str, str] | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed", "pip install triton"
-    if not torch.cuda.is_available() and not interpreted():
+    if not _gpu() and not interpreted():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend (reference runs everywhere)"
     return None
 
 
+@functools.cache
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, slowly, for tests."""
+    """Whether Triton runs its kernels on the CPU, slowly, for tests. Triton reads the variable once too."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from erd_fast.errors import BackendUnavailableError, ConfigError, unknown_name
 from erd_fast.ops.backends import BACKENDS, OPS, absence, asked_for, interpreted
@@ -49,11 +50,13 @@ class Op:
     """The backend of the last call, for logs and benchmarks."""
 
     def __call__(self, *args: Any) -> Outputs:
-        if not torch.compiler.is_compiling() and _explaining.get():
+        if torch.compiler.is_compiling():  # there is nothing to choose yet: the op chooses when the graph runs
+            return self.registered(*args, "")
+        if _explaining.get():
             raise _ReachedError(self, args)
-        # While torch.compile traces there is nothing to choose yet: the op chooses when the graph runs.
-        backend = "" if torch.compiler.is_compiling() else self.choose(*args)
-        return self.registered(*args, backend)
+        backend = self.choose(*args)
+        # The dispatcher takes longer than a small batch's kernel, so a call in which it has no part goes without.
+        return self.registered(*args, backend) if _dispatched(args) else self.run(*args, backend)
 
     def choose(self, *args: Any) -> str:
         """The backend for these arguments.
@@ -67,7 +70,8 @@ class Op:
             if refusal is not None:
                 raise BackendUnavailableError(self.name, named, *refusal)
             return named
-        return next(name for name in BACKENDS if self.refusal(name, *args) is None)
+        on = _device_type(args)
+        return next(name for name in BACKENDS if on in _takes(name) and self.refusal(name, *args) is None)
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
         """(reason, remedy) why ``backend`` cannot run this call, or without ``args`` any call; None if it can."""
@@ -76,8 +80,7 @@ class Op:
         missing = absence(backend)
         if missing is not None or not args or backend == "reference":
             return missing
-        on = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        wants = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
+        on, (wants, *_) = _device_type(args), _takes(backend)
         if on != wants:
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
         reason = self.supports[backend](*args) if backend in self.supports else None
@@ -100,6 +103,29 @@ class Op:
         if backend == "triton":
             return importlib.import_module(f"erd_fast.kernels.{self.name}").forward
         return getattr(torch.ops._erd_fast_C, f"{self.name}_fwd")
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    return next(arg.device.type for arg in args if isinstance(arg, Tensor))
+
+
+def _takes(backend: str) -> tuple[str, ...]:
+    """The types of device whose tensors a backend takes."""
+    if backend == "reference":
+        return "cuda", "cpu"
+    return ("cpu",) if backend == "cpu" or (backend == "triton" and interpreted()) else ("cuda",)
+
+
+def _dispatched(args: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher has a part in this call: autograd, a mode (fake tensors, tracing), a subclass."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    with_grad = torch.is_grad_enabled()
+    return any(
+        (with_grad and arg.requires_grad) or type(arg) not in (Tensor, Parameter)
+        for arg in args
+        if isinstance(arg, Tensor)
+    )
 
 
 def declare(

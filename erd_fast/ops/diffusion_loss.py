@@ -76,7 +76,7 @@ def diffusion_loss(
         weight.contiguous(),
         None if t_index is None else t_index.long().contiguous(),
         num_bins,
-        batch_size or len(target),
+        batch_size or target.shape[0],
         patch,
         bool(compute_grad or (for_autograd and compute_grad is None)),
         loss_scale,
@@ -144,17 +144,17 @@ def _check_images(prediction: Tensor, target: Tensor, patch: int) -> None:
 
 
 def _check_weights(prediction: Tensor, target: Tensor, weight: Tensor, t_index: Tensor | None) -> None:
-    rows = len(weight if t_index is None else t_index)
-    if weight.dim() != 1 or rows != len(target):
+    rows = (weight if t_index is None else t_index).shape[0]
+    if weight.dim() != 1 or rows != target.shape[0]:
         raise ValueError(
             f"diffusion_loss: weight {tuple(weight.shape)} and t_index "
             f"{None if t_index is None else tuple(t_index.shape)}: allowed (K,) and (N,), or (N,) and None"
         )
-    check_shape("diffusion_loss", "t_index", t_index, (len(target),))
+    check_shape("diffusion_loss", "t_index", t_index, (target.shape[0],))
     check_dtype("diffusion_loss", "t_index", t_index, torch.int64, torch.int32)
     check_dtype("diffusion_loss", "weight", weight, torch.float32)
     check_device("diffusion_loss", prediction=prediction, target=target, weight=weight, t_index=t_index)
-    check_rows("diffusion_loss", "t_index", t_index, len(weight))
+    check_rows("diffusion_loss", "t_index", t_index, weight.shape[0])
     check_finite("diffusion_loss", "weight", weight)
 
 

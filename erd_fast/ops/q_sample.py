@@ -14,8 +14,10 @@ from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
 """What a store holds: ready samples; VAE mean and std; VAE mean and log-variance; uint8 pixels."""
 
+KINDS = get_args(LatentKind)
 _POSTERIOR = ("mean_std", "mean_logvar")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_REALS = (*_FLOATS, torch.float64)
 _LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of the LDM autoencoder
 
 
@@ -77,9 +79,18 @@ def q_sample(
     Moves, an image of E = C H W elements: the stored row once, E * (size of ``dtype`` + 4) out, and 4 E a given noise.
     """
     with_posterior = kind in _POSTERIOR
-    _check_latents(latents, kind, index, patch, dtype)
-    _check_rows(latents, coefficients, t_index, index, flip, ids)
-    _check_extras(latents, index, with_posterior, scale, shift, noise, posterior_noise)
+    count = (latents if index is None else index).shape[0]
+    _check_latents(latents, kind, count, patch, dtype)
+    channels = latents.shape[1] // (2 if with_posterior else 1)
+    shape = (count, channels, *latents.shape[2:])
+    _check_tensors(latents, (count,), torch.int64, torch.int32, t_index=t_index, index=index, ids=ids)
+    _check_tensors(latents, (count,), torch.bool, flip=flip)
+    _check_tensors(latents, (channels,), *_REALS, scale=scale, shift=shift)
+    _check_tensors(latents, shape, *_REALS, noise=noise, posterior_noise=posterior_noise)
+    _check_coefficients(coefficients, t_index is not None, count)
+    check_device("q_sample", latents=latents, coefficients=coefficients)
+    check_rows("q_sample", "t_index", t_index, coefficients.shape[0])
+    check_rows("q_sample", "index", index, latents.shape[0])
     if (noise is None or (with_posterior and posterior_noise is None)) and (ids is None or seed is None):
         raise ValueError("q_sample: noise is not given, so ids and seed are needed to draw it")
     flat = (
@@ -87,7 +98,7 @@ def q_sample(
         _plain(coefficients, torch.float32),
         _plain(t_index, torch.int64),
         _plain(index, torch.int64),
-        get_args(LatentKind).index(kind),
+        KINDS.index(kind),
         _plain(scale, torch.float32),
         _plain(shift, torch.float32),
         _plain(flip, torch.bool),
@@ -154,9 +165,9 @@ def q_sample_reference(
     return QSample(x_t=to_patches(x_t, patch), target=c_x * x_start + c_eps * eps)
 
 
-def _check_latents(latents: Tensor, kind: str, index: Tensor | None, patch: int, dtype: torch.dtype) -> None:
-    if kind not in get_args(LatentKind):
-        raise ValueError(f"q_sample: kind: given {kind!r}, allowed {', '.join(get_args(LatentKind))}")
+def _check_latents(latents: Tensor, kind: str, count: int, patch: int, dtype: torch.dtype) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"q_sample: kind: given {kind!r}, allowed {', '.join(KINDS)}")
     if latents.dim() != 4:
         raise ValueError(f"q_sample: latents: given shape {tuple(latents.shape)}, allowed (M, C, H, W)")
     if (kind == "pixels") != (latents.dtype == torch.uint8):
@@ -166,62 +177,34 @@ def _check_latents(latents: Tensor, kind: str, index: Tensor | None, patch: int,
         raise ValueError(f"q_sample: latents: given {latents.shape[1]} channels, allowed an even number for {kind!r}")
     if dtype not in _FLOATS:
         raise ValueError(f"q_sample: dtype: given {dtype}, allowed {', '.join(map(str, _FLOATS))}")
-    if not len(latents if index is None else index):
+    if not count:
         raise ValueError("q_sample: latents: given 0 images, allowed 1 or more")
     check_patch("q_sample", patch, *latents.shape[2:])
 
 
-def _check_rows(
-    latents: Tensor,
-    coefficients: Tensor,
-    t_index: Tensor | None,
-    index: Tensor | None,
-    flip: Tensor | None,
-    ids: Tensor | None,
-) -> None:
-    count = len(latents if index is None else index)
-    rows = len(coefficients if t_index is None else t_index)
-    if coefficients.dim() != 2 or coefficients.shape[1] != 4 or rows != count:
-        raise ValueError(
-            f"q_sample: coefficients {tuple(coefficients.shape)} and t_index "
-            f"{None if t_index is None else tuple(t_index.shape)}: allowed (K, 4) and ({count},), "
-            f"or ({count}, 4) and None"
-        )
-    per_image = {"t_index": t_index, "index": index, "ids": ids}
-    for name, tensor in per_image.items():
-        check_shape("q_sample", name, tensor, (count,))
-        check_dtype("q_sample", name, tensor, torch.int64, torch.int32)
-    check_shape("q_sample", "flip", flip, (count,))
-    check_dtype("q_sample", "flip", flip, torch.bool)
-    check_device("q_sample", latents=latents, coefficients=coefficients, flip=flip, **per_image)
-    check_rows("q_sample", "t_index", t_index, len(coefficients))
-    check_rows("q_sample", "index", index, len(latents))
+def _check_coefficients(coefficients: Tensor, with_t_index: bool, count: int) -> None:
+    rows, *row = coefficients.shape or (0,)
+    if row != [4] or not (with_t_index or rows == count):
+        allowed = "(K, 4)" if with_t_index else f"({count}, 4), or (K, 4) with t_index"
+        raise ValueError(f"q_sample: coefficients: given shape {tuple(coefficients.shape)}, allowed {allowed}")
+    check_dtype("q_sample", "coefficients", coefficients, *_REALS)
     check_finite("q_sample", "coefficients", coefficients)
 
 
-def _check_extras(
-    latents: Tensor,
-    index: Tensor | None,
-    with_posterior: bool,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    noise: Tensor | None,
-    posterior_noise: Tensor | None,
-) -> None:
-    channels = latents.shape[1] // (2 if with_posterior else 1)
-    shape = (len(latents if index is None else index), channels, *latents.shape[2:])
-    per_channel = {"scale": scale, "shift": shift}
-    normals_given = {"noise": noise, "posterior_noise": posterior_noise}
-    for name, tensor in per_channel.items():
-        check_shape("q_sample", name, tensor, (channels,))
-    for name, tensor in normals_given.items():
-        check_shape("q_sample", name, tensor, shape)
-    check_device("q_sample", latents=latents, **per_channel, **normals_given)
+def _check_tensors(leader: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype, **tensors: Tensor | None) -> None:
+    """Those of ``tensors`` that are given have this shape, one of the dtypes, and the leader's device."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_shape("q_sample", name, tensor, shape)
+            check_dtype("q_sample", name, tensor, *dtypes)
+    check_device("q_sample", latents=leader, **tensors)
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As kernels take it: contiguous, of one dtype."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 _SCHEMA = (
@@ -234,7 +217,7 @@ _FLAT = tuple(argument.split()[1] for argument in _SCHEMA[1 : _SCHEMA.index(")")
 
 def _body(*flat: Any) -> Outputs:
     how = dict(zip(_FLAT, flat, strict=True))
-    how |= {"kind": get_args(LatentKind)[how["kind"]], "purpose": Purpose(how["purpose"])}
+    how |= {"kind": KINDS[how["kind"]], "purpose": Purpose(how["purpose"])}
     how["seed"] = unsigned_seed(how["seed"])
     return tuple(q_sample_reference(how.pop("latents"), how.pop("coefficients"), how.pop("t_index"), **how))
 
@@ -245,7 +228,7 @@ def _outputs(*flat: Any) -> Outputs:
     stored, height, width = latents.shape[1:]
     shape = (
         (latents if index is None else index).shape[0],
-        stored // (2 if get_args(LatentKind)[how["kind"]] in _POSTERIOR else 1),
+        stored // (2 if KINDS[how["kind"]] in _POSTERIOR else 1),
         height,
         width,
     )

@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import erd_fast
 from erd_fast import ops
@@ -145,7 +147,7 @@ def test_gradients_are_those_of_the_reference():
     assert (found - expected).abs().max() <= 4 * 2.0**-24 * expected.abs().max()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.func.jvp's own; its category changes with the version
 def test_functorch_and_forward_mode_are_those_of_the_reference():
     prediction, (direction, *_) = case()[0], case()[1:]
     expected = torch.func.grad(reference_of)(prediction)
@@ -177,6 +179,24 @@ def test_ops_pass_the_checks_of_torch():
     table = torch.tensor([1 << 20, 1 << 31, 1 << 32])
     call = (torch.tensor(5), 3, 8, 100, 3, 7, 0, 0, table, 8, "reference")
     torch.library.opcheck(torch.ops.erd_fast.draw_fwd.default, call)
+
+
+def test_the_dispatcher_has_only_the_calls_it_has_a_part_in(monkeypatch):
+    """A plain call runs without it; autograd, fake tensors and tensor subclasses go through it."""
+    seen, registered = [], OPS["diffusion_loss"].registered
+    monkeypatch.setattr(OPS["diffusion_loss"], "registered", lambda *args: (seen.append(args), registered(*args))[1])
+    prediction, target, weight = case()
+    diffusion_loss(torch.nn.Parameter(prediction, requires_grad=False), target, weight, T_INDEX, compute_grad=True)
+    with torch.no_grad():
+        diffusion_loss(prediction.requires_grad_(), target, weight, T_INDEX)
+    assert not seen
+    diffusion_loss(prediction, target, weight, T_INDEX).loss.backward()
+    assert len(seen) == 1 and prediction.grad is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = diffusion_loss(torch.empty(4, 3, 4, 4), torch.empty(4, 3, 4, 4), torch.empty(4))
+    assert len(seen) == 2 and isinstance(fake.loss, FakeTensor)
+    diffusion_loss(TwoTensor(target, target), target, weight, T_INDEX)
+    assert len(seen) == 3
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -1,5 +1,7 @@
 """diffusion_loss: value, parts and gradient, against formulas written out here in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -157,6 +159,15 @@ def test_the_ends_of_real_tables_are_finite(schedule, target, dtype):
         ({"t_index": None}, r"weight \(20,\) and t_index None"),
         ({"weight": torch.ones(TIMESTEPS, 1)}, r"weight \(20, 1\)"),
         ({"t_index": T_INDEX[:, None]}, r"t_index: given shape \(6, 1\)"),
+        ({"t_index": T_INDEX.float()}, "t_index: given torch.float32, allowed torch.int64, torch.int32"),
+        ({"t_index": T_INDEX + TIMESTEPS}, r"t_index: given \d+, allowed 0 to 19"),
+        ({"t_index": T_INDEX - TIMESTEPS}, r"t_index: given -\d+, allowed 0 to 19"),
+        ({"weight": torch.full((TIMESTEPS,), math.nan)}, "weight: given nan in row 0, allowed finite numbers"),
+        ({"weight": torch.ones(TIMESTEPS).double()}, "weight: given torch.float64, allowed torch.float32"),
+        ({"weight": torch.ones(TIMESTEPS, device="meta")}, "weight: given a tensor on meta, allowed cpu"),
+        ({"target": torch.zeros(0, CHANNELS, SIDE, SIDE)}, r"target: given \(0, 3, 4, 4\), allowed .* N of 1 or more"),
+        ({"target": torch.zeros(COUNT, CHANNELS, SIDE, SIDE).double()}, "target: given torch.float64, allowed"),
+        ({"prediction": torch.zeros(COUNT, CHANNELS, SIDE, SIDE).double()}, "prediction: given torch.float64, allowed"),
         ({"num_bins": 0}, "num_bins: given 0, allowed 1 or more"),
         ({"batch_size": 0}, "batch_size: given 0, allowed 1 or more"),
         ({"batch_size": -4}, "batch_size: given -4, allowed 1 or more"),
