@@ -121,7 +121,7 @@ __attribute__((target("avx,f16c"))) static inline int64_t widen_eights(const Flo
 }
 #endif
 
-// float16 by the machine's own instruction, where it has one: a third of the time that integers take.
+// float16 by the machine's own instruction, where it has one.
 static inline void widen_halves(const Float16* __restrict from, int64_t length, float* __restrict to) {
     int64_t done = 0;
 #ifdef ERD_FAST_WIDE

@@ -11,12 +11,18 @@ from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models.base import DiffusionModel
 from erd_fast.models.dit import SIZES as _DIT_SIZES
 from erd_fast.models.dit import DiT
+from erd_fast.models.unet import SIZES as _UNET_SIZES
+from erd_fast.models.unet import UNet
+from erd_fast.models.uvit import SIZES as _UVIT_SIZES
+from erd_fast.models.uvit import UViT
 
 MODELS: dict[str, tuple[type[DiffusionModel], dict[str, Any]]] = {
-    name: (DiT, size) for name, size in _DIT_SIZES.items()
+    name: (build, size)
+    for build, sizes in ((DiT, _DIT_SIZES), (UViT, _UVIT_SIZES), (UNet, _UNET_SIZES))
+    for name, size in sizes.items()
 }
 
-__all__ = ["MODELS", "DiT", "DiffusionModel", "create_model", "model_flops"]
+__all__ = ["MODELS", "DiT", "DiffusionModel", "UNet", "UViT", "create_model", "model_flops"]
 
 
 def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> DiffusionModel:

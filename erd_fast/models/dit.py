@@ -9,9 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erd_fast.errors import ConfigError
-from erd_fast.models.base import DiffusionModel
-from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, sincos_positions, timestep_embedding
+from erd_fast.models.base import DiffusionModel, check_multiple, check_sizes
+from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, sincos_positions, timestep_embedding, unpatchify
 from erd_fast.nn.init import init_normal, init_xavier_uniform
 
 _NORM_EPS = 1e-6
@@ -53,7 +52,18 @@ class DiT(DiffusionModel):
         seed: int = 0,
     ):
         super().__init__()
-        _check_sizes(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes)
+        check_sizes(
+            "DiT",
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
+        check_multiple("DiT", "input_size", input_size, ("patch_size", patch_size))
+        check_multiple("DiT", "hidden_size", hidden_size, ("", 4), ("num_heads", num_heads))
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.null_label = num_classes, null_label
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -69,25 +79,14 @@ class DiT(DiffusionModel):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C or 2C, H,
         W)."""
-        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            allowed = (self.in_channels, self.input_size, self.input_size)
-            raise ValueError(f"DiT: x: given {tuple(x.shape)}, allowed (N, {', '.join(map(str, allowed))})")
-        if (y is None) != (self.y_embedder is None):
-            need = "needs labels y" if y is None else "is unconditional, so y must be None"
-            raise ValueError(f"DiT: this model {need}")
+        self.check_inputs(x, y)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens, c))
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(N, T, p p C) with values ordered (row, column, channel) within a patch -> (N, C, H, W)."""
-        n, side, p = tokens.shape[0], self.input_size // self.patch_size, self.patch_size
-        patches = tokens.view(n, side, side, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return patches.reshape(n, self.out_channels, self.input_size, self.input_size)
+        return unpatchify(self.final_layer(tokens, c), self.patch_size)
 
     def _initialize(self, seed: int) -> None:
         """Xavier for matrices, 0.02 for the embedders, zero for biases and for what ends a branch (adaLN-Zero)."""
@@ -158,28 +157,6 @@ class LabelEmbedder(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) x + shift."""
     return x * (1 + scale) + shift
-
-
-def _check_sizes(
-    input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int, num_heads: int, num_classes: int
-) -> None:
-    positive = {
-        "input_size": input_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"DiT: {name}: given {value}, allowed 1 or more")
-    if input_size % patch_size:
-        raise ConfigError(f"DiT: input_size: given {input_size}, allowed multiples of patch_size {patch_size}")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ConfigError(f"DiT: hidden_size: given {hidden_size}, allowed multiples of 4 and of num_heads {num_heads}")
-    if num_classes < 0:
-        raise ConfigError(f"DiT: num_classes: given {num_classes}, allowed 0 or more")
 
 
 _WIDTHS: dict[str, dict[str, Any]] = {

@@ -46,6 +46,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
+    """Tokens (N, T, p p C) of a square image, values ordered (row, column, channel) within a patch, to (N, C, H, W)."""
+    n, t, values = tokens.shape
+    side, channels = math.isqrt(t), values // patch_size**2
+    patches = tokens.view(n, side, side, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(n, channels, side * patch_size, side * patch_size)
+
+
 def timestep_embedding(t: Tensor, size: int, max_period: float = 10_000.0) -> Tensor:
     """cos(t f) beside sin(t f) for size / 2 frequencies f from 1 to 1 / max_period: (N,) -> (N, size) float32."""
     half = size // 2

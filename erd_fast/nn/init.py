@@ -20,13 +20,19 @@ def init_normal(module: nn.Module, name: str, seed: int, std: float) -> None:
     _fill(module.get_parameter(name), name, seed, lambda word: box_muller(word) * std)
 
 
+def init_uniform(module: nn.Module, name: str, seed: int, bound: float) -> None:
+    """Fill with uniforms between -``bound`` and ``bound``; 1 / sqrt(fan_in) is PyTorch's for linear layers and
+    convolutions."""
+    _fill(module.get_parameter(name), name, seed, lambda word: (2.0 * unit_interval(word) - 1.0) * bound)
+
+
 def init_xavier_uniform(module: nn.Module, name: str, seed: int) -> None:
     """Fill with uniforms of variance 2 / (fan_in + fan_out) (Glorot & Bengio 2010); a convolution counts as its
     matrix."""
     parameter = module.get_parameter(name)
     fan_out, fan_in = parameter.flatten(1).shape
     bound = math.sqrt(6.0 / (fan_in + fan_out))
-    _fill(parameter, name, seed, lambda word: (2.0 * unit_interval(word) - 1.0) * bound)
+    init_uniform(module, name, seed, bound)
 
 
 @torch.no_grad()

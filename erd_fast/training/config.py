@@ -76,9 +76,10 @@ class ModelConfig:
     """The model. Image size, channels and classes come from the store."""
 
     name: str = "DiT-XL/2"
-    """DiT-S/2, DiT-XL/4, ...: size tiny, S, B, L or XL, and patch 1, 2, 4 or 8."""
+    """DiT-S/2, DiT-XL/4, ...: size tiny, S, B, L or XL, and patch 1, 2, 4 or 8. U-ViT-H/2, ...: tiny, S, S-D, M, L or
+    H, and patch 2 or 4. ADM-tiny, ADM-CelebA64, ADM-64."""
     hidden_size: int | None = None
-    """In place of the named size's; so are the next three."""
+    """In place of the named size's; so are the next three. A U-Net (ADM) has num_heads of these alone."""
     depth: int | None = None
     num_heads: int | None = None
     patch_size: int | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from erd_fast.nn import init
-from erd_fast.nn.init import init_normal, init_xavier_uniform
+from erd_fast.nn.init import init_normal, init_uniform, init_xavier_uniform
 from erd_fast.random import Purpose, Stream, box_muller, normals, unit_interval, words
 
 RARE = 1e-6  # chance that a right generator misses a bound below
@@ -119,5 +119,18 @@ def test_meta_parameters_stay_without_numbers():
     with torch.device("meta"):
         model = nn.Linear(3, 3)
     init_normal(model, "weight", 0, 1.0)
+    init_uniform(model, "weight", 0, 1.0)
     init_xavier_uniform(model, "weight", 0)
     assert model.weight.is_meta
+
+
+def test_uniforms_reach_their_bound_and_no_further():
+    holder, other = _Holder(weight=(100, 100)), _Holder(weight=(100, 100))
+    init_uniform(holder, "weight", 2, 0.25)
+    init_xavier_uniform(other, "weight", 2)  # of the same words: bound sqrt(6 / 200)
+    found = holder.weight.detach().double().flatten()
+    assert scipy.stats.kstest(found.numpy(), "uniform", (-0.25, 0.5)).pvalue >= RARE
+    assert found.abs().max() <= 0.25
+    # Both scale one float32 uniform, by a rounded product each.
+    same = other.weight.detach().double().flatten() * 0.25 / math.sqrt(6 / 200)
+    assert (found - same).abs().max() <= 4 * 2.0**-24 * 0.25
