@@ -278,7 +278,7 @@ void q_sample_fwd(const Tensor& latents, const Tensor& coefficients, const Optio
 void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Tensor& weight,
                         const OptionalTensor& t_index, int64_t batch_size, const OptionalTensor& loss_scale,
                         int64_t patch, const Tensor& loss, const Tensor& per_sample, const Tensor& bin_sum,
-                        const Tensor& bin_count, const OptionalTensor& dprediction, const OptionalTensor& workspace) {
+                        const Tensor& bin_count, const OptionalTensor& dprediction) {
     Call call("diffusion_loss", target);
     check_image(call, "target", target, patch);
     call.check_range("batch_size", batch_size, 1, int64_t(1) << 62);
@@ -316,13 +316,7 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
     }
     call.check_rows("t_index", a.t_index, a.count, a.steps);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) {
-        STD_TORCH_CHECK(workspace, "diffusion_loss: workspace: given none, allowed (1,) int32 that holds 0");
-        a.workspace = call.out<int32_t>("workspace", *workspace, ScalarType::Int, {1});
-        return launch(call, launch_diffusion_loss_fwd, a);
-    }
-#else
-    (void)workspace;
+    if (call.cuda) return launch(call, launch_diffusion_loss_fwd, a);
 #endif
     torch::stable::parallel_for(0, a.count, grain(READ_ELEMENTS, a.predicted_channels * a.height * a.width),
                                 [&](int64_t first, int64_t last) { diffusion_loss_fwd_cpu(a, first, last); });
@@ -367,7 +361,7 @@ STABLE_TORCH_LIBRARY(_erd_fast_C, m) {
     m.def(
         "diffusion_loss_fwd(Tensor prediction, Tensor target, Tensor weight, Tensor? t_index, int batch_size, "
         "Tensor? loss_scale, int patch, Tensor(a!) loss, Tensor(b!) per_sample, Tensor(c!) bin_sum, "
-        "Tensor(d!) bin_count, Tensor(e!)? dprediction, Tensor(f!)? workspace) -> ()");
+        "Tensor(d!) bin_count, Tensor(e!)? dprediction) -> ()");
     m.def("cpu_level(int level=-1) -> int");
     m.def("has_cuda() -> bool");
     m.def("has_cuda_stream() -> bool");

@@ -2,8 +2,9 @@
 diffusion_loss on a GPU: weighted squared error, its parts and its gradient, in one launch and one pass over the data.
 
 One block an image: it reads prediction and target once, writes the gradient and the image's mean squared error, and
-takes a ticket. The block that draws the last ticket sums loss and bins over all images in a fixed order and puts the
-ticket back to 0, so there is no float atomic, no second launch, and the same input gives the same bits.
+takes a ticket. The block that draws the last ticket sums loss and bins over all images in a fixed order, so there is no
+float atomic, no second launch, and the same input gives the same bits. The tickets are counted in the four bytes of the
+loss, which are set to 0 before the launch: no memory outlives a call, so graphs may be captured and replayed in any order.
 
 A thread takes four neighbouring numbers of the prediction, then the four a block further on. Which thread adds what is
 settled by the shape of an image alone: neither the number of images, nor the image's place, nor whether its address
@@ -23,7 +24,8 @@ namespace erd_fast {
 // ----------------------------------------------------------------------------
 // Kernels
 
-constexpr int WARP = 32, MOST_THREADS = 256, NUMBERS_OF_A_THREAD = 16, BINS_OF_A_WARP = 4;
+constexpr int WARP = 32, LEAST_THREADS = 128, MOST_THREADS = 256, NUMBERS_OF_A_THREAD = 16;
+constexpr int BINS_OF_A_WARP = 4, AT_ONCE = 4;
 constexpr unsigned WHOLE_WARP = 0xFFFFFFFF;
 
 struct LossShape {
@@ -69,7 +71,7 @@ __device__ inline void errors_of_4(const DiffusionLossArguments& a, const LossSh
                                    const float* target, uint32_t place, float (&error)[4],
                                    bool (&counted)[4]) {
     float predicted[4] = {0, 0, 0, 0}, wanted[4] = {0, 0, 0, 0};
-    if (PACKED) load_4<T>(prediction, place, predicted);
+    if (PACKED && (a.patch || place < g.size)) load_4<T>(prediction, place, predicted);
     if (PACKED && !a.patch && place < g.size) load_4<float>(target, place, wanted);
 #pragma unroll
     for (uint32_t j = 0; j < 4; j++) {
@@ -123,40 +125,46 @@ __device__ inline bool is_last(int32_t* ticket) {
     if (threadIdx.x == 0) {
         __threadfence();
         last = atomicAdd(ticket, 1) == (int32_t)gridDim.x - 1;
-        __threadfence();
+        if (last) __threadfence();
     }
     __syncthreads();
     return last;
 }
 
-// Errors of other blocks are read past the first-level cache (__ldcg), which is not kept equal among them.
-__device__ inline void store_loss(const DiffusionLossArguments& a) {
-    float total = 0.0f;
-    for (int64_t image = threadIdx.x; image < a.count; image += blockDim.x) {
-        total += weight_of(a, image) * __ldcg(a.per_sample + image);
-    }
-    total = block_sum(total);
-    if (threadIdx.x == 0) *a.loss = total / (float)a.batch_size;
-}
-
-// Each warp has BINS_OF_A_WARP bins and looks at all images, as many at a time as the block has threads.
-__device__ inline void store_bins(const DiffusionLossArguments& a) {
-    __shared__ float error[MOST_THREADS];
-    __shared__ int32_t bin_of[MOST_THREADS];
+// Loss and bins of all images. A thread has AT_ONCE images in flight, since what counts is the latency of their loads; each
+// warp has BINS_OF_A_WARP bins and looks at all images. Errors of other blocks are read past the first-level cache (__ldcg),
+// which is not kept equal among them.
+__device__ inline void store_sums(const DiffusionLossArguments& a) {
+    __shared__ float error[AT_ONCE * MOST_THREADS];
+    __shared__ int32_t bin_of[AT_ONCE * MOST_THREADS];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t bins_at_once = (int64_t)(blockDim.x / WARP) * BINS_OF_A_WARP;
+    float total = 0.0f;
     for (int64_t first = 0; first < a.num_bins; first += bins_at_once) {
         int64_t mine = first + warp * BINS_OF_A_WARP;
         float sum[BINS_OF_A_WARP] = {}, count[BINS_OF_A_WARP] = {};
-        for (int64_t start = 0; start < a.count; start += blockDim.x) {
-            int64_t image = start + threadIdx.x, row = -1;
-            if (image < a.count) {
-                row = a.t_index ? row_of(a, image) : -1;
-                error[threadIdx.x] = __ldcg(a.per_sample + image);
+        for (int64_t start = 0; start < a.count; start += AT_ONCE * blockDim.x) {
+            int64_t row[AT_ONCE];
+            float mse[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int64_t image = start + k * blockDim.x + threadIdx.x;
+                bool there = image < a.count;
+                row[k] = there ? row_of(a, image) : -1;
+                mse[k] = there ? __ldcg(a.per_sample + image) : 0.0f;
             }
-            bin_of[threadIdx.x] = row < 0 ? -1 : (int32_t)time_bin(row, a.num_bins, a.steps);
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int place = k * blockDim.x + threadIdx.x;
+                bool counted = first == 0 && start + place < a.count;
+                if (counted) total += (row[k] < 0 ? not_a_number() : a.weight[row[k]]) * mse[k];
+                error[place] = mse[k];
+                bin_of[place] = row[k] < 0 || !a.t_index ? -1 : (int32_t)time_bin(row[k], a.num_bins, a.steps);
+            }
             __syncthreads();
-            for (int i = lane; i < (int)blockDim.x; i += WARP) {
+            int64_t left = a.count - start;
+            int images = (int)(left < AT_ONCE * blockDim.x ? left : AT_ONCE * blockDim.x);
+            for (int i = lane; i < images; i += WARP) {
 #pragma unroll
                 for (int j = 0; j < BINS_OF_A_WARP; j++) {
                     bool hit = bin_of[i] == mine + j;
@@ -175,25 +183,24 @@ __device__ inline void store_bins(const DiffusionLossArguments& a) {
             }
         }
     }
+    total = block_sum(total);
+    if (threadIdx.x == 0) *a.loss = total / (float)a.batch_size;
 }
 
 template <typename T, bool PACKED>
-__global__ void __launch_bounds__(MOST_THREADS) diffusion_loss_fwd_kernel(DiffusionLossArguments a, LossShape g) {
+__global__ void __launch_bounds__(MOST_THREADS, 5) diffusion_loss_fwd_kernel(DiffusionLossArguments a, LossShape g) {
     int64_t image = blockIdx.x;
     float sum = block_sum(squares_and_gradient<T, PACKED>(a, g, image));
     if (threadIdx.x == 0) a.per_sample[image] = sum / (float)g.size;
-    if (!is_last(a.workspace)) return;
-    store_loss(a);
-    store_bins(a);
-    if (threadIdx.x == 0) *a.workspace = 0;
+    if (is_last((int32_t*)a.loss)) store_sums(a);
 }
 
 // ----------------------------------------------------------------------------
 // Launchers
 
-// A power of two from one warp up, by the size of an image alone.
+// A power of two, by the size of an image alone.
 static int threads_of(const LossShape& g) {
-    int threads = WARP;
+    int threads = LEAST_THREADS;
     while (threads < MOST_THREADS && threads * NUMBERS_OF_A_THREAD < (int64_t)g.predicted_size) threads *= 2;
     return threads;
 }
@@ -204,6 +211,7 @@ static void launch_typed(const DiffusionLossArguments& a, const LossShape& g, cu
     bool packed = g.size % 4 == 0 && g.predicted_size % 4 == 0 && aligned(a.prediction, bytes) &&
                   aligned(a.dprediction, bytes) && aligned(a.target, 16);
     unsigned images = (unsigned)a.count;
+    cudaMemsetAsync(a.loss, 0, sizeof(float), stream);
     if (packed) {
         diffusion_loss_fwd_kernel<T, true><<<images, threads_of(g), 0, stream>>>(a, g);
     } else {

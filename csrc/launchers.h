@@ -82,7 +82,6 @@ struct DiffusionLossArguments {
     float *bin_sum, *bin_count;  // (num_bins,)
     int64_t num_bins;
     void* dprediction;  // like prediction, or null
-    int32_t* workspace;  // CUDA only: one number, 0 before and after
 };
 
 // Images first, then, once all are done, the sums over them.

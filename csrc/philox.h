@@ -64,12 +64,11 @@ ERD_FAST_HD inline Words philox_4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint
     constexpr int PHILOX_ROUNDS = 10;
     ERD_FAST_UNROLL
     for (int round = 0; round < PHILOX_ROUNDS; round++) {
-        uint32_t high0 = multiply_high(c0, PHILOX_MULTIPLIER_0), low0 = c0 * PHILOX_MULTIPLIER_0;
-        uint32_t high1 = multiply_high(c2, PHILOX_MULTIPLIER_1), low1 = c2 * PHILOX_MULTIPLIER_1;
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
+        uint64_t product0 = (uint64_t)c0 * PHILOX_MULTIPLIER_0, product1 = (uint64_t)c2 * PHILOX_MULTIPLIER_1;
+        c0 = (uint32_t)(product1 >> 32) ^ c1 ^ k0;
+        c1 = (uint32_t)product1;
+        c2 = (uint32_t)(product0 >> 32) ^ c3 ^ k1;
+        c3 = (uint32_t)product0;
         k0 += PHILOX_KEY_STEP_0;
         k1 += PHILOX_KEY_STEP_1;
     }

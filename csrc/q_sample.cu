@@ -128,7 +128,7 @@ __device__ inline void group_of_4(const QSampleArguments& a, const QSampleShape&
 }
 
 template <typename In, typename Out>
-__global__ void __launch_bounds__(THREADS) q_sample_fwd_kernel(QSampleArguments a, QSampleShape g) {
+__global__ void __launch_bounds__(THREADS, 8) q_sample_fwd_kernel(QSampleArguments a, QSampleShape g) {
     const Image image = image_of(a);
     float x_t[4];
     for (uint32_t group = blockIdx.y * THREADS + threadIdx.x; group < g.size / 4; group += gridDim.y * THREADS) {
@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(THREADS) q_sample_any_fwd_kernel(QSampleArgume
 // Launchers
 
 constexpr int64_t MOST_TILES = 65535;      // of grid.y; what is left over, blocks walk to
+constexpr int64_t BLOCKS_THAT_FILL = 4096;  // some waves of the largest GPU
 constexpr int64_t SHARED_BYTES = 48 << 10;  // what a block may have without asking
 
 static QSampleShape shape_of(const QSampleArguments& a) {
@@ -242,19 +243,23 @@ static bool packs_fit(const QSampleArguments& a, const QSampleShape& g) {
     return fit && aligned(a.x_t, 16) && a.patch * a.width * a.channels * size % 16 == 0 && tile <= SHARED_BYTES;
 }
 
-static unsigned tiles(int64_t work, int64_t of_a_tile) {
+// How many blocks share an image. One takes several tiles where the images alone fill the GPU, since what comes before the
+// first tile (rows and coefficients, one load after the other) is then paid for once.
+static unsigned tiles(int64_t images, int64_t work, int64_t of_a_tile) {
     int64_t count = (work + of_a_tile - 1) / of_a_tile;
-    return (unsigned)(count < MOST_TILES ? count : MOST_TILES);
+    int64_t enough = (BLOCKS_THAT_FILL + images - 1) / images;
+    int64_t most = enough < MOST_TILES ? enough : MOST_TILES;
+    return (unsigned)(count < most ? count : most);
 }
 
 template <typename In, typename Out>
 static void launch_typed(const QSampleArguments& a, const QSampleShape& g, cudaStream_t stream) {
     if (a.patch) {
-        dim3 grid((unsigned)a.count, tiles(g.height, g.tile_rows));
+        dim3 grid((unsigned)a.count, tiles(a.count, g.height, g.tile_rows));
         size_t shared = (size_t)g.tile_groups * 4 * sizeof(Out);
         q_sample_tokens_fwd_kernel<In, Out><<<grid, THREADS, shared, stream>>>(a, g);
     } else {
-        dim3 grid((unsigned)a.count, tiles(g.size / 4, THREADS));
+        dim3 grid((unsigned)a.count, tiles(a.count, g.size / 4, THREADS));
         q_sample_fwd_kernel<In, Out><<<grid, THREADS, 0, stream>>>(a, g);
     }
 }
@@ -290,7 +295,7 @@ void launch_q_sample_fwd(const QSampleArguments& a, cudaStream_t stream) {
     if (packs_fit(a, g)) {
         launch_by_latents(a, g, stream);
     } else {
-        dim3 grid((unsigned)a.count, tiles((g.size + 3ll) / 4, THREADS));
+        dim3 grid((unsigned)a.count, tiles(a.count, (g.size + 3ll) / 4, THREADS));
         q_sample_any_fwd_kernel<<<grid, THREADS, 0, stream>>>(a, g);
     }
     check_launch("q_sample");

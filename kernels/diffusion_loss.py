@@ -2,8 +2,9 @@
 
 One program an image: it reads prediction and target once, writes the gradient and the image's mean squared error, and
 takes a ticket. The program that draws the last ticket sums loss and bins over all images in a fixed order, so there is
-no float atomic and the same input gives the same bits. An image's error depends on that image alone: neither the
-number of images nor its place among them reaches the summation.
+no float atomic and the same input gives the same bits. Tickets are counted in the four bytes of the loss, which are set
+to 0 before the launch. An image's error depends on that image alone: neither the number of images nor its place among
+them reaches the summation.
 
 The walk is in the order of ``prediction``; patch tokens gather their targets, which the L1 cache serves after the first
 touch of a sector.
@@ -12,6 +13,7 @@ Bytes per image of E = C H W elements and E' = C' H W predicted: (E or, as token
 E' * size of prediction out.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +39,7 @@ def _diffusion_loss_fwd_kernel(
     bin_sum_ptr,
     bin_count_ptr,
     dprediction_ptr,
-    workspace_ptr,
+    ticket_ptr,
     weight_count: tl.int64,
     batch_size: tl.int64,
     CHANNELS: tl.constexpr,
@@ -94,8 +96,7 @@ def _diffusion_loss_fwd_kernel(
     # The barrier: whichever thread stored, the one that takes the ticket releases it.
     tl.debug_barrier()
     count = tl.num_programs(0)
-    if tl.atomic_add(workspace_ptr, 1, sem="acq_rel") == count - 1:
-        tl.store(workspace_ptr, 0)
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1:
         _store_loss(per_sample_ptr, t_index_ptr, weight_ptr, loss_ptr, count, weight_count, batch_size, BLOCK)
         _store_bins(per_sample_ptr, t_index_ptr, bin_sum_ptr, bin_count_ptr, count, weight_count, NUM_BINS, BINS, BLOCK)
 
@@ -139,11 +140,11 @@ def _store_bins(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    IMAGES: tl.constexpr = BLOCK // BINS
+    IMAGES: tl.constexpr = BLOCK // (2 * BINS)  # both sums stay in registers
     for first in range(0, NUM_BINS, BINS):
         bins = first + tl.arange(0, BINS)
-        sums = tl.zeros((BINS,), tl.float32)
-        counts = tl.zeros((BINS,), tl.float32)
+        sums = tl.zeros((IMAGES, BINS), tl.float32)  # added up once: a sum over threads waits for all of them
+        counts = tl.zeros((IMAGES, BINS), tl.float32)
         if t_index_ptr is not None:
             start = 0
             while start < count:
@@ -153,11 +154,11 @@ def _store_bins(
                 mse = tl.load(per_sample_ptr + image, mask=mask, other=0.0, cache_modifier=".cg")
                 bin_of = tl.where((t >= 0) & (t < weight_count), t * NUM_BINS // weight_count, -1)
                 hit = bin_of[:, None] == bins[None, :]
-                sums += tl.sum(tl.where(hit, mse[:, None], 0.0), axis=0)
-                counts += tl.sum(hit.to(tl.float32), axis=0)
+                sums += tl.where(hit, mse[:, None], 0.0)
+                counts += hit.to(tl.float32)
                 start += IMAGES
-        tl.store(bin_sum_ptr + bins, sums, mask=bins < NUM_BINS)
-        tl.store(bin_count_ptr + bins, counts, mask=bins < NUM_BINS)
+        tl.store(bin_sum_ptr + bins, tl.sum(sums, axis=0), mask=bins < NUM_BINS)
+        tl.store(bin_count_ptr + bins, tl.sum(counts, axis=0), mask=bins < NUM_BINS)
 
 
 def forward(
@@ -173,7 +174,6 @@ def forward(
     bin_sum: Tensor,
     bin_count: Tensor,
     dprediction: Tensor | None,
-    workspace: Tensor,
 ) -> None:
     """Fill loss, per-image and per-bin errors, and the gradient if ``dprediction`` is given.
 
@@ -188,13 +188,13 @@ def forward(
         loss_scale: () fp32, a factor of the gradient alone; None is 1.
         loss: () fp32 out. per_sample: (N,) fp32 out. bin_sum, bin_count: (num_bins,) fp32 out.
         dprediction: out, like ``prediction``, or None.
-        workspace: (1,) int32, 0 before and after; one for each stream.
     """
     count, channels, height, width = target.shape
     if count == 0:
         for output in (loss, bin_sum, bin_count):
             output.zero_()
         return
+    loss.zero_()
     predicted_channels = prediction.numel() // (count * height * width)
     predicted_size = predicted_channels * height * width
     rows = [(prediction, predicted_size), (target, channels * height * width)]
@@ -212,7 +212,7 @@ def forward(
         bin_sum,
         bin_count,
         dprediction,
-        workspace,
+        loss.view(torch.int32),
         weight.numel(),
         batch_size,
         CHANNELS=channels,

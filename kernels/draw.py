@@ -55,16 +55,19 @@ def _draw_fwd_kernel(
     mask = image < count
     k0, k1 = key_words(seed)
     g = tl.load(counter_ptr) + offset + image
+    counted = g >= 0  # else the bijections need not end; rows of -1 make NaN of the image
+    safe = tl.where(counted, g, 0)
     t_word, drop_word, flip_word, _ = words(k0, k1, purpose_stream, g, 0)
     if STRATIFIED:
-        t_word = stratified_word(t_word, stratum(k0, k1, purpose_stream, g, strata, strata_side), strata)
+        t_word = stratified_word(t_word, stratum(k0, k1, purpose_stream, safe, strata, strata_side), strata)
     if t_table_ptr is None:
         t_index = bounded(t_word, num_timesteps).to(tl.int64)
     else:
         t_index = _entries_up_to(t_table_ptr, t_word, num_timesteps, SEARCH_STEPS)
     tl.store(ids_ptr + image, g, mask=mask)
-    tl.store(sample_index_ptr + image, sample_order(k0, k1, g, dataset_size, side), mask=mask)
-    tl.store(t_index_ptr + image, t_index, mask=mask)
+    sample_index = sample_order(k0, k1, safe, dataset_size, side)
+    tl.store(sample_index_ptr + image, tl.where(counted, sample_index, -1), mask=mask)
+    tl.store(t_index_ptr + image, tl.where(counted, t_index, -1), mask=mask)
     tl.store(label_drop_ptr + image, drop_word.to(tl.int64) < drop_threshold, mask=mask)
     tl.store(flip_ptr + image, (flip_word >> 31) == 1, mask=mask)
 

@@ -1,6 +1,6 @@
 """q_sample: stored latents to the noisy input x_t and the regression target, in one launch.
 
-One image is one row of the grid, cut into blocks of elements. A Philox call gives the normals of four neighbouring
+An image is cut into blocks of elements, a program each. A Philox call gives the normals of four neighbouring
 elements in (C, H, W) order, so a block draws for its quarter of groups and interleaves; nothing is drawn twice but the
 posterior noise of images that may be mirrored and whose width is no multiple of four. An element of a mirrored image
 reads its stored latent, and the posterior noise that belongs to it, at the mirrored place.
@@ -64,15 +64,17 @@ def _q_sample_fwd_kernel(
     BOX_ROWS: tl.constexpr,
     BOX_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     SIZE: tl.constexpr = CHANNELS * HEIGHT * WIDTH
-    image = tl.program_id(0).to(tl.int64)
+    image = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
     first = image * SIZE
     c, y, x, element, inside = _places(
-        tl.arange(0, BLOCK), CHANNELS, HEIGHT, WIDTH, BOX_CHANNELS, BOX_ROWS, BOX_WIDTH, BLOCK
+        block, tl.arange(0, BLOCK), CHANNELS, HEIGHT, WIDTH, BOX_CHANNELS, BOX_ROWS, BOX_WIDTH, BLOCK
     )
     _, _, group_x, group, _ = _places(
-        tl.arange(0, BLOCK // 4) * 4, CHANNELS, HEIGHT, WIDTH, BOX_CHANNELS, BOX_ROWS, BOX_WIDTH, BLOCK
+        block, tl.arange(0, BLOCK // 4) * 4, CHANNELS, HEIGHT, WIDTH, BOX_CHANNELS, BOX_ROWS, BOX_WIDTH, BLOCK
     )
     k0, k1 = key_words(seed)
 
@@ -144,13 +146,13 @@ def _q_sample_fwd_kernel(
         x_t = tl.reshape(tl.permute(x_t, (1, 3, 2, 4, 0)), (BLOCK,))
         place = tl.arange(0, BLOCK)
         if (BOX_CHANNELS == CHANNELS) & (BOX_WIDTH == WIDTH):
-            offset = tl.program_id(1) * BLOCK + place  # said so that the compiler sees one run of addresses
+            offset = block * BLOCK + place  # said so that the compiler sees one run of addresses
             inside = offset < SIZE
         else:
             c = place % BOX_CHANNELS
             place = place // BOX_CHANNELS
             x = place % PATCH + place // (PATCH * PATCH) % (BOX_WIDTH // PATCH) * PATCH
-            y = place // PATCH % PATCH + place // (PATCH * BOX_WIDTH) * PATCH + tl.program_id(1) * BOX_ROWS
+            y = place // PATCH % PATCH + place // (PATCH * BOX_WIDTH) * PATCH + block * BOX_ROWS
             offset = _token_offset(c, y, x, CHANNELS, WIDTH, PATCH)
             inside = (c < CHANNELS) & (y < HEIGHT) & (x < WIDTH)
         tl.store(x_t_ptr + first + offset, x_t, mask=inside)
@@ -158,6 +160,7 @@ def _q_sample_fwd_kernel(
 
 @triton.jit
 def _places(
+    block,
     position,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -167,8 +170,7 @@ def _places(
     BOX_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Channel, row, column and element of positions in this program's block, and whether they are in the image."""
-    block = tl.program_id(1)
+    """Channel, row, column and element of positions in a block of the image, and whether they are in the image."""
     if BOX_CHANNELS == 0:
         element = block * BLOCK + position
         x = element % WIDTH
@@ -262,7 +264,7 @@ def forward(
         size = channels * height * width
         block = min(max(triton.next_power_of_2(size), _ELEMENTS_PER_WARP), _BLOCK)
         blocks = triton.cdiv(size, block)
-    _q_sample_fwd_kernel[(count, blocks)](
+    _q_sample_fwd_kernel[(count * blocks,)](
         latents,
         coefficients,
         t_index,
@@ -288,5 +290,6 @@ def forward(
         BOX_ROWS=box[1],
         BOX_WIDTH=box[2],
         BLOCK=block,
+        BLOCKS=blocks,
         num_warps=max(block // _ELEMENTS_PER_WARP, 1),
     )

@@ -129,7 +129,6 @@ def _diffusion_loss(
         empty(bins),
         empty(bins),
         prediction if gradient else None,
-        empty(1, dtype=torch.int32),
     )
 
 

@@ -23,6 +23,7 @@ OPS: dict[str, Any] = {}
 """Every declared op by its name, an :class:`erd_fast.ops.declare.Op`."""
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In the order in which ``auto`` tries them."""
+_PACKAGE = Path(erd_fast.__file__).parent
 _VARIABLE = "ERD_FAST_BACKEND"
 _NO_GPU = "no CUDA device is visible to PyTorch"
 _BUILD = "reinstall with a C++ compiler (and nvcc, for cuda) there: pip install --no-build-isolation -e ."
@@ -81,9 +82,30 @@ def absence(backend: str) -> tuple[str, str] | None:
     compiled, reason = extension()
     if backend not in compiled:
         return reason, _BUILD
-    if backend == "cuda" and not _gpu():
-        return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
+    if backend == "cuda":
+        return _cuda_absence()
     return None
+
+
+@functools.cache
+def _cuda_absence() -> tuple[str, str] | None:
+    if not _gpu():
+        return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
+    return too_old(torch.cuda.get_device_capability(), _build_facts()["archs"])
+
+
+def too_old(capability: tuple[int, int], architectures: list[str]) -> tuple[str, str] | None:
+    """(reason, remedy) why a GPU of this compute capability cannot run what was built for ``architectures``, or None.
+
+    The PTX of the lowest of them runs on whatever is newer.
+    """
+    given = 10 * capability[0] + capability[1]
+    if given >= min(int(architecture.rstrip("af")) for architecture in architectures):
+        return None
+    return (
+        f"the extension was built for sm_{', sm_'.join(architectures)} and newer, and this GPU is sm_{given}",
+        f"reinstall with ERD_FAST_CUDA_ARCHS={given}, or take another backend",
+    )
 
 
 @functools.cache
@@ -109,10 +131,9 @@ def interpreted() -> bool:
 @functools.cache
 def extension() -> tuple[frozenset[str], str]:
     """(compiled backends, why not more) of the extension ``erd_fast._C``, which is loaded at the first call."""
-    package = Path(erd_fast.__file__).parent
-    built = _build_facts(package / "_build.json")
+    built = _build_facts()
     reason = str(built.get("reason") or "the compiled extension was not built")
-    library = next(package.glob("_C*.so"), None)
+    library = next(_PACKAGE.glob("_C*.so"), None)
     if library is None:
         return frozenset(), reason
     try:
@@ -122,8 +143,8 @@ def extension() -> tuple[frozenset[str], str]:
     return frozenset(name for name in ("cpu", "cuda") if built.get(name)), reason
 
 
-def _build_facts(file: Path) -> dict[str, object]:
+def _build_facts() -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads((_PACKAGE / "_build.json").read_text()))
     except (OSError, ValueError):
         return {}

@@ -10,6 +10,7 @@ gives empty tensors of the right form: it is the fake of torch.compile, and allo
 of an op take the same flat arguments on every backend and return nothing; ``launch`` says which.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import importlib
@@ -96,13 +97,21 @@ class Op:
         if backend == "reference":
             return self.body(*inputs)
         outputs = self.outputs(*inputs)
-        self.launch(self._kernel(backend), tuple(inputs), outputs)
+        with _current_device(backend, outputs[0]):
+            self.launch(self._kernel(backend), tuple(inputs), outputs)
         return outputs
 
     def _kernel(self, backend: str) -> Callable[..., None]:
         if backend == "triton":
             return importlib.import_module(f"erd_fast.kernels.{self.name}").forward
         return getattr(torch.ops._erd_fast_C, f"{self.name}_fwd")
+
+
+def _current_device(backend: str, tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are; csrc has a guard of its own."""
+    if backend == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

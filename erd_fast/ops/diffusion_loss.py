@@ -1,6 +1,5 @@
 """diffusion_loss: the weighted mean squared error of a batch, its parts, and its gradient, in one pass."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
-from erd_fast.ops.backends import interpreted
 from erd_fast.ops.declare import Outputs, declare, reference_needed
 from erd_fast.ops.layout import check_patch, patch_shape, to_images, to_patches
 
@@ -52,7 +50,8 @@ def diffusion_loss(
         num_bins: timestep bins, bin = t_index * num_bins // K; all empty if ``t_index`` is None.
         batch_size: B, images the mean runs over (the global batch of a micro-batch); None is N.
         patch: p of patch tokens; 0 is the image layout.
-        compute_grad: whether to compute the gradient; None does so where ``prediction`` requires it.
+        compute_grad: True gives ``dprediction``; False, for evaluation, a loss without gradient; None leaves it to
+            autograd.
         loss_scale: () float32 on the device, factor of ``dprediction`` alone; None is 1. With it the gradient is not
             for autograd, so ``prediction`` must be detached.
 
@@ -68,8 +67,12 @@ def diffusion_loss(
     for name, number in {"num_bins": num_bins, "batch_size": batch_size}.items():
         if number is not None and number < 1:
             raise ValueError(f"diffusion_loss: {name}: given {number}, allowed 1 or more")
+    if compute_grad is False:
+        prediction = prediction.detach()
     for_autograd = prediction.requires_grad and torch.is_grad_enabled()
     _check_scale(prediction, loss_scale, for_autograd)
+    if for_autograd and compute_grad is None and prediction.dtype == torch.float16:
+        loss_scale = _kept_scale(batch_size or target.shape[0], target)
     flat = (
         prediction.contiguous(),
         target.contiguous(),
@@ -78,7 +81,7 @@ def diffusion_loss(
         num_bins,
         batch_size or target.shape[0],
         patch,
-        bool(compute_grad or (for_autograd and compute_grad is None)),
+        bool(compute_grad or for_autograd),
         loss_scale,
     )
     if reference_needed(target, weight):
@@ -158,6 +161,13 @@ def _check_weights(prediction: Tensor, target: Tensor, weight: Tensor, t_index: 
     check_finite("diffusion_loss", "weight", weight)
 
 
+def _kept_scale(batch_size: int, target: Tensor) -> Tensor:
+    """The scale at which a float16 gradient is kept for backward, a power of two near B C H W: elements of 2 w error /
+    (B C H W) would be subnormal, and the factor of a gradient scaler comes too late to save them."""
+    elements = batch_size * target[0].numel()
+    return torch.full((), 2.0 ** (elements.bit_length() - 1), device=target.device)
+
+
 def _check_scale(prediction: Tensor, loss_scale: Tensor | None, for_autograd: bool) -> None:
     if loss_scale is None:
         return
@@ -216,24 +226,12 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     prediction, target, weight, t_index, _, batch_size, patch, compute_grad, loss_scale = inputs
     *results, dprediction = outputs
     gradient = dprediction if compute_grad else None
-    kernel(prediction, target, weight, t_index, batch_size, loss_scale, patch, *results, gradient, _workspace(target))
-
-
-@functools.cache
-def _zeroed(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _workspace(tensor: Tensor) -> Tensor | None:
-    """The counter by which the last block of a launch knows itself: 0 between launches, one for each stream."""
-    if tensor.device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32) if interpreted() else None
-    return _zeroed(tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+    kernel(prediction, target, weight, t_index, batch_size, loss_scale, patch, *results, gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[4])
+    ctx.save_for_backward(output[4], inputs[8])
 
 
 def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
@@ -242,8 +240,9 @@ def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ..
         raise RuntimeError(
             "diffusion_loss: it has no second derivative (create_graph); diffusion_loss_reference has every one"
         )
-    (dprediction,) = ctx.saved_tensors
-    return (dprediction * d_loss.to(dprediction.dtype), *([None] * 9))
+    dprediction, loss_scale = ctx.saved_tensors
+    factor = d_loss if loss_scale is None else d_loss / loss_scale
+    return ((dprediction.float() * factor).to(dprediction.dtype), *([None] * 9))
 
 
 _op = declare(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device
+from erd_fast.ops.arguments import check_device, check_rows
 from erd_fast.ops.declare import Outputs, declare
 from erd_fast.random import (
     Purpose,
@@ -19,6 +19,8 @@ from erd_fast.random import (
     unsigned_seed,
     words,
 )
+
+_LARGEST_IMAGE = 1 << 62
 
 
 class Draw(NamedTuple):
@@ -55,7 +57,7 @@ def draw(
     ``(part * 2**32 + w0) // B`` stands for ``w0``.
 
     Args:
-        counter: () int64, images seen before this batch, on the device that shall hold the result.
+        counter: () int64, images seen before this batch, on the device that shall hold the result; 0 to 2**62.
         seed: 64-bit key.
         batch_size: N, images of this call.
         dataset_size: number of samples, 1 to 2**32.
@@ -67,7 +69,8 @@ def draw(
         strata: images of the global batch whose timesteps are spread evenly, 1 to 2**31; 0 draws each for itself.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range. (A counter on a GPU is not read back: images of a number below 0
+            get row and timestep -1, which make them NaN.)
 
     Writes 26 bytes an image. Source: docs/design.md, "Randomness".
     """
@@ -83,6 +86,9 @@ def draw(
         raise ValueError(f"draw: label_drop: given {label_drop}, allowed 0 to 1")
     if not 0 <= strata <= 1 << 31:
         raise ValueError(f"draw: strata: given {strata}, allowed 0 to 2**31")
+    if not 0 <= offset <= _LARGEST_IMAGE:
+        raise ValueError(f"draw: offset: given {offset}, allowed 0 to 2**62")
+    check_rows("draw", "counter", counter, _LARGEST_IMAGE + 1)
     if t_table is not None:
         check_device("draw", counter=counter, t_table=t_table)
         _check_table(t_table, num_timesteps)

@@ -19,7 +19,7 @@ tests/csrc/library.py turns the launch brackets and __shared__ of a .cu into the
 #include <vector>
 
 #undef __launch_bounds__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Block {
     struct Barrier {

@@ -48,7 +48,7 @@ def _run(ops: Any, case: dict[str, Any], *, bins: int = 10, gradient: bool = Tru
     shapes = {"loss": (), "per_sample": (count,), "bin_sum": (bins,), "bin_count": (bins,)}
     outputs = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     outputs["dprediction"] = torch.full_like(case["prediction"], torch.nan) if gradient else None
-    ops.diffusion_loss_fwd(**case, **outputs, workspace=None)
+    ops.diffusion_loss_fwd(**case, **outputs)
     return outputs
 
 

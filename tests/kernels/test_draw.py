@@ -107,8 +107,14 @@ def _call(name: str) -> Call:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, tuple[Any, ...]]:
-    found = interpret([_call(name) for name in CASES], tmp_path_factory.mktemp("draw"))
-    return dict(zip(CASES, found, strict=True))
+    calls = {name: _call(name) for name in CASES}
+    first = calls["plain"].arguments
+    calls["below 0"] = Call(
+        "draw",
+        (torch.tensor(-3), *(value.clone() if isinstance(value, torch.Tensor) else value for value in first[1:])),
+    )
+    found = interpret(list(calls.values()), tmp_path_factory.mktemp("draw"))
+    return dict(zip(calls, found, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,6 +123,15 @@ def test_bits_are_those_of_the_definition(results, case):
     for name, found, expected in zip(Draw._fields, outputs, _expected(case), strict=True):
         assert torch.equal(found, expected), name
     assert counter == _how(case)["counter"]
+
+
+def test_images_below_0_have_no_row_and_others_are_as_ever(results):
+    ids, sample_index, t_index, *_ = results["below 0"][-5:]
+    how = {**BASE, "counter": torch.tensor(0)}
+    right = draw(how.pop("counter"), **how)
+    assert torch.equal(ids, torch.arange(-3, len(ids) - 3))
+    for found, expected in ((sample_index, right.sample_index), (t_index, right.t_index)):
+        assert torch.equal(found[:3], torch.tensor([-1, -1, -1])) and torch.equal(found[3:], expected[:-3])
 
 
 def test_the_cases_reach_what_they_are_named_for():

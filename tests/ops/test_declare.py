@@ -72,6 +72,15 @@ def test_a_named_backend_that_cannot_run_raises(choose, text, monkeypatch):
     assert error.reason in str(error) and error.remedy in str(error)
 
 
+def test_a_gpu_older_than_the_build_is_refused_with_what_to_do():
+    assert all(backends.too_old(gpu, ["80", "90", "100"]) is None for gpu in ((8, 0), (8, 9), (9, 0), (12, 0)))
+    assert backends.too_old((9, 0), ["90a"]) is None
+    reason, remedy = backends.too_old((7, 5), ["80", "90"])
+    assert reason == "the extension was built for sm_80, sm_90 and newer, and this GPU is sm_75"
+    assert remedy.startswith("reinstall with ERD_FAST_CUDA_ARCHS=75, or")
+    assert backends.too_old((8, 0), ["90a"]) is not None
+
+
 def test_ops_without_the_named_backend_stay_auto(monkeypatch):
     monkeypatch.setattr(OPS["draw"], "backends", ("cpu", "reference"))
     with use_backend("triton"):
@@ -229,6 +238,32 @@ def test_the_training_path_needs_no_autograd_of_the_loss():
     assert diffusion_loss(prediction.detach(), target, weight, T_INDEX).dprediction is None
     with pytest.raises(ValueError, match="allowed a detached one with loss_scale"):
         diffusion_loss(prediction, target, weight, T_INDEX, loss_scale=scale)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 2.0**16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autograd_in_half_precision_keeps_what_plain_pytorch_keeps(dtype, factor):
+    """A batch so large that gradients are subnormal in float16 before a gradient scaler's factor."""
+    images = torch.randn(2, 64, 4, 32, 32, generator=GENERATOR)
+    prediction, weight = images[0].to(dtype).requires_grad_(), torch.rand(64, generator=GENERATOR) + 0.1
+    leaf = prediction.detach().double().requires_grad_()
+    truth = (weight.double() * (leaf - images[1]).square().flatten(1).mean(1)).sum() / 4096
+    (expected,) = torch.autograd.grad(factor * truth, leaf)
+    (factor * diffusion_loss(prediction, images[1], weight, batch_size=4096).loss).backward()
+    # Two roundings to the dtype, when kept and when given on, six in float32; below float16's normal range its step.
+    unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    step = 2.0**-24 if dtype == torch.float16 else 0.0
+    allowed = (2 * unit + 6 * 2.0**-24) * expected.abs() + step
+    assert ((prediction.grad.double() - expected).abs() <= allowed).all()
+
+
+def test_evaluation_gives_a_loss_without_gradient():
+    prediction, target, weight = case()
+    found = diffusion_loss(prediction.requires_grad_(), target, weight, T_INDEX, compute_grad=False)
+    assert found.dprediction is None and not found.loss.requires_grad
+    explicit = diffusion_loss(prediction.half(), target, weight, T_INDEX, compute_grad=True)
+    detached = diffusion_loss(prediction.half().detach(), target, weight, T_INDEX, compute_grad=True)
+    assert torch.equal(explicit.dprediction, detached.dprediction)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])

@@ -225,6 +225,8 @@ def _table_with(**entries: int) -> torch.Tensor:
         ({"counter": torch.tensor([0])}, r"counter: given torch.int64 \(1,\), allowed an int64 scalar"),
         ({"counter": torch.tensor(0.0)}, r"counter: given torch.float32 \(\)"),
         ({"batch_size": 0}, "batch_size: given 0, allowed 1 or more"),
+        ({"counter": torch.tensor(-5)}, "counter: given -5, allowed 0 to 4611686018427387904"),
+        ({"offset": -1}, r"offset: given -1, allowed 0 to 2\*\*62"),
         ({"num_timesteps": 0}, "num_timesteps: given 0, allowed 1 to"),
         ({"num_timesteps": (1 << 31) + 1}, "num_timesteps: given 2147483649"),
         ({"label_drop": -0.1}, "label_drop: given -0.1, allowed 0 to 1"),
