@@ -95,6 +95,54 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a latent store of a data set.
+
+    celeba: CelebA's aligned images (img_align_celeba), cropped to 64 x 64 pixels.
+    """
+
+    format: tyro.conf.Positional[Literal["celeba"]]
+    """What SRC is."""
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """Folder of the data set."""
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """Folder to make."""
+    partition: Path | None = None
+    """list_eval_partition.txt of CelebA: import its training images alone."""
+
+    def __call__(self) -> None:
+        from erd_fast.data.celeba import import_celeba
+
+        store = import_celeba(self.src, self.dst, self.partition)
+        print(f"wrote {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreInfo:
+    """What a latent store holds."""
+
+    store: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """Folder of the store."""
+
+    def __call__(self) -> None:
+        from erd_fast.data import LatentStore
+
+        print(LatentStore(self.store).describe())
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Make latent stores, and look at them."""
+
+    action: tyro.conf.OmitArgPrefixes[
+        Annotated[Import, tyro.conf.subcommand("import")] | Annotated[StoreInfo, tyro.conf.subcommand("info")]
+    ]
+
+    def __call__(self) -> None:
+        self.action()
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write a run's report.html: one self-contained page."""
 
@@ -224,6 +272,7 @@ def _commands(default: Train) -> Any:
         Annotated[Train, subcommand("train", default=default, description=described)]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Data, subcommand("data")]
         | Annotated[Lab, subcommand("lab")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Info, subcommand("info")]

@@ -29,6 +29,7 @@ def write_fixtures(folder: Path) -> list[Path]:
         "latents-mean_logvar": functools.partial(latent_store, kind="mean_logvar"),
         "idx": _idx_folder,
         "images": _image_folder,
+        "celeba": celeba_folder,
     }
     for name, make in makers.items():
         if not (folder / name).is_dir():
@@ -78,6 +79,15 @@ def _image_folder(path: Path) -> None:
     for number, (pixels, label) in enumerate(zip(digits.images[:100], digits.target[:100], strict=True)):
         folder = make_folder(path / str(label))
         Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).save(folder / f"{number:04d}.png")
+
+
+def celeba_folder(path: Path, count: int = 40) -> None:
+    """Pictures in the form of CelebA's aligned images, JPEG of 178 x 218: red is the column, green the row."""
+    make_folder(path)
+    columns, rows = np.meshgrid(np.arange(178), np.arange(218))
+    for number in range(count):
+        pixels = np.stack((columns, rows, np.full_like(rows, 6 * number)), axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(path / f"{number + 1:06d}.jpg", quality=95)
 
 
 if __name__ == "__main__":

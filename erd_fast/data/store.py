@@ -114,6 +114,24 @@ class LatentStore:
         sums = [shard.sha256 for shard in self.manifest.shards]
         return hashlib.sha256(json.dumps([meaning, sums]).encode()).hexdigest()[:16]
 
+    def describe(self) -> str:
+        """The manifest as lines for a person; fields that say nothing are left out."""
+        manifest = self.manifest
+        shape = " x ".join(map(str, manifest.shape))
+        lines = {
+            "samples": f"{manifest.count:,}",
+            "kind": f"{manifest.kind}, {manifest.dtype}, {shape}",
+            "classes": f"{manifest.num_classes:,}" if manifest.num_classes else "none",
+            "flip": manifest.flip,
+            "crop": manifest.crop,
+            "scale": ", ".join(map(str, manifest.scale)),
+            "shift": ", ".join(map(str, manifest.shift)),
+            "vae": manifest.vae,
+            "shards": f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards):,} bytes",
+            "fingerprint": self.fingerprint,
+        }
+        return "\n".join([str(self.path), *(f"  {name:<13}{value}" for name, value in lines.items() if value)])
+
     def verify(self) -> None:
         """Compare every shard with its sha256. Raises DataError naming the first that differs."""
         for shard in self.manifest.shards:
