@@ -229,7 +229,7 @@ def _step_axes(axes: "Axes", ylabel: str, least_top: float | None) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     low, high = axes.dataLim.y0, axes.dataLim.y1
     if least_top is not None:
-        axes.set_ylim(0, max(least_top, 1.1 * high))
+        axes.set_ylim(0, max(least_top, 1.1 * high) or 1.0)
     elif 0 < 10 * low < high:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))

@@ -194,6 +194,11 @@ def test_long_logs_make_a_small_page_and_damaged_samples_are_left_out(tmp_path: 
     assert [picture["alt"] for picture in _Page(page).named("img")] == ["Grid of samples at step 5"]
 
 
+def test_a_speed_of_zero_has_an_axis(tmp_path: Path) -> None:
+    """A run of one step ends before a speed is known; matplotlib's warning would be an error here."""
+    write_report(_make_run(tmp_path / "run", get_preset("digits"), [_log_line(1) | {"images_per_sec": 0.0}]))
+
+
 def test_writing_again_gives_the_same_page(run: Path, page: str) -> None:
     assert write_report(run).read_text(encoding="utf-8") == page
     assert [path.name for path in run.iterdir() if path.name.endswith(".partial")] == []
