@@ -158,7 +158,7 @@ def _time_mlp(hidden_size: int) -> nn.Module:
 
 
 _WIDTHS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 192, "depth": 8, "num_heads": 3},
+    "tiny": {"hidden_size": 192, "depth": 4, "num_heads": 3},
     "S": {"hidden_size": 512, "depth": 12, "num_heads": 8},
     "S-D": {"hidden_size": 512, "depth": 16, "num_heads": 8},
     "M": {"hidden_size": 768, "depth": 16, "num_heads": 12},
