@@ -66,7 +66,7 @@ def plan() -> Plan:
     torch = find_torch()
     if torch is None:
         return without_cuda(
-            Plan(reason="torch was not found: install torch first, then erd-fast (--no-build-isolation)")
+            Plan(reason="torch was not there when erd-fast was built: install torch first, then erd-fast")
         )
     found = Plan(compiler, torch)
     if wanted_cuda() == "0":

@@ -97,7 +97,7 @@ def _diffusion_loss_fwd_kernel(
     tl.debug_barrier()
     count = tl.num_programs(0)
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1:
-        _store_loss(per_sample_ptr, t_index_ptr, weight_ptr, loss_ptr, count, weight_count, batch_size, BLOCK)
+        _store_loss(per_sample_ptr, t_index_ptr, weight_ptr, loss_ptr, count, weight_count, batch_size, BLOCK // 4)
         _store_bins(per_sample_ptr, t_index_ptr, bin_sum_ptr, bin_count_ptr, count, weight_count, NUM_BINS, BINS, BLOCK)
 
 
@@ -140,7 +140,7 @@ def _store_bins(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    IMAGES: tl.constexpr = BLOCK // (2 * BINS)  # both sums stay in registers
+    IMAGES: tl.constexpr = BLOCK // (4 * BINS)  # few, so that all sums stay in registers
     for first in range(0, NUM_BINS, BINS):
         bins = first + tl.arange(0, BINS)
         sums = tl.zeros((IMAGES, BINS), tl.float32)  # added up once: a sum over threads waits for all of them

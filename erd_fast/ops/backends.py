@@ -26,7 +26,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PACKAGE = Path(erd_fast.__file__).parent
 _VARIABLE = "ERD_FAST_BACKEND"
 _NO_GPU = "no CUDA device is visible to PyTorch"
-_BUILD = "reinstall with a C++ compiler (and nvcc, for cuda) there: pip install --no-build-isolation -e ."
+_BUILD = "reinstall with torch, a C++ compiler and (for cuda) nvcc there: pip install --no-build-isolation ."
 
 _chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("erd_fast_backend", default=None)
 
