@@ -2,11 +2,14 @@
 # make test    install the development tools too, then run every test
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
 # make wheel   dist/erd_fast-*.whl with the extension in it
+# make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
+# make bench   measure the ops on this machine: bench/results/<machine>/ops.json, then the tables of the documents
+# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests or PART=ops is one
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test lint fixtures wheel clean
+.PHONY: setup dev train test lint fixtures bench gpu gpu-install gpu-tests gpu-ops wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
@@ -45,8 +48,25 @@ lint: dev
 fixtures: setup
 	$(BIN)/python tests/fixtures.py out/fixtures
 
+bench: dev
+	$(BIN)/python bench/run.py ops
+	$(BIN)/python bench/tables.py
+
+gpu: $(addprefix gpu-,$(or $(PART),tests ops))
+
+gpu-install:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "make gpu: $(PYTHON) has no torch that sees a CUDA device"; exit 1; }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+
+gpu-tests gpu-ops: gpu-%: gpu-install
+	$(PYTHON) bench/run.py $*
+
 wheel: dev
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheel-check:
+	$(PYTHON) tests/wheel_check.py
 
 clean:
 	rm -rf .venv build dist out runs erd_fast.egg-info .mypy_cache .ruff_cache .pytest_cache

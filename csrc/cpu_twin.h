@@ -10,10 +10,6 @@ the variants give equal bits.
 */
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 
@@ -28,14 +24,14 @@ the variants give equal bits.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
-#define ERD_FAST_WIDE "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define ERD_FAST_WIDE "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #else
-#define ERD_FAST_WIDE "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define ERD_FAST_WIDE "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
 #endif
 // name(a, ...) becomes the variant of cpu_level() of body(a, ...).
 #define ERD_FAST_VARIANTS(name, body, parameters, arguments)                                    \
     __attribute__((flatten)) static void name##_baseline parameters { body arguments; }         \
-    __attribute__((target("avx2,fma,f16c"), flatten)) static void name##_avx2 parameters {           \
+    __attribute__((target("avx2,fma"), flatten)) static void name##_avx2 parameters {           \
         body arguments;                                                                         \
     }                                                                                           \
     __attribute__((target(ERD_FAST_WIDE), flatten)) static void name##_avx512 parameters {      \
@@ -111,23 +107,6 @@ ERD_FAST_PART void narrow(float value, Float16* out) {
     uint32_t large = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;  // from 65520, which rounds to 2^16: infinity
     uint32_t finite = magnitude < 0x38800000 ? small : normal;
     out->bits = (uint16_t)((magnitude >= 0x477FF000 ? large : finite) | sign);
-}
-
-#ifdef ERD_FAST_WIDE
-__attribute__((target("avx,f16c"))) static inline int64_t widen_eights(const Float16* from, int64_t length, float* to) {
-    int64_t i = 0;
-    for (; i + 8 <= length; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-    return i;
-}
-#endif
-
-// float16 by the machine's own instruction, where it has one.
-static inline void widen_halves(const Float16* __restrict from, int64_t length, float* __restrict to) {
-    int64_t done = 0;
-#ifdef ERD_FAST_WIDE
-    if (cpu_level() >= AVX2) done = widen_eights(from, length, to);
-#endif
-    for (int64_t i = done; i < length; i++) to[i] = widen(from[i]);
 }
 
 // ----------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 /*
 q_sample on the CPU: stored latents to noisy input and target, in one pass over memory.
 
-An image is done in runs of whole rows of one channel, about a thousand elements, that stay in the first-level cache:
-one loop makes x0 of the stored numbers, the rows are mirrored, and one loop mixes in the diffusion noise.
-Noise is drawn four neighbouring elements a Philox call; the compiler makes vectors over the calls. Posterior noise is
-added before the rows are mirrored, since it belongs to the stored element. For patch tokens x_t is collected as an
-image, and written token by token when that is whole.
+An image is done in runs of whole rows of one channel, about a thousand elements, so that what is drawn and what is still
+to be narrowed stays in the first-level cache. One loop reads all inputs and writes both outputs; for a mirrored image it
+takes the noise turned round, and the rows of the outputs are turned after it. Noise is drawn four neighbouring elements a
+Philox call; the compiler makes vectors over the calls. For patch tokens x_t is collected as an image, and written token by
+token when that is whole.
 */
 #include <algorithm>
 #include <vector>
@@ -17,11 +17,11 @@ namespace erd_fast {
 
 namespace {
 
-constexpr int64_t RUN = 1024;
+constexpr int64_t LONGEST = 1024;  // of a run, unless a row is longer
 
 // What one thread works in: a run each, and, for tokens, an image of x_t.
 struct Scratch {
-    float *x_start, *normals, *mean, *spread;
+    float *normals, *eps, *mirrored, *x_t;
     void* image;
 };
 
@@ -48,83 +48,72 @@ ERD_FAST_PART const float* normals_run(const QSampleArguments& a, const float* g
     return draw_run(a.k0, a.k1, a.purpose << 8 | stream, a.ids[image], first, length, buffer);
 }
 
-// x0 of a run in stored order: every number is read, and x0 written, once.
-template <int KIND, typename T>
-ERD_FAST_PART void x_start_of(const T* __restrict stored, const T* __restrict spread, const float* __restrict normals,
-                              float shift, float scale, int64_t length, float* __restrict x) {
-    for (int64_t i = 0; i < length; i++) {
-        float z = widen(stored[i]);
-        if (KIND == PIXELS) z = of_pixel(z);
-        if (KIND == MEAN_STD) z = posterior_sample(z, widen(spread[i]), normals[i]);
-        if (KIND == MEAN_LOGVAR) z = posterior_sample(z, std_of_logvar(widen(spread[i])), normals[i]);
-        x[i] = normalized(z, shift, scale);
+// x0 of one stored element; `spread` is how far on its spread lies.
+template <int KIND, typename In>
+ERD_FAST_PART float x_start_of(const In* stored, int64_t spread, const float* normal, float shift, float scale) {
+    float z = widen(*stored);
+    if (KIND == PIXELS) z = of_pixel(z);
+    if (KIND == MEAN_STD) z = posterior_sample(z, widen(stored[spread]), *normal);
+    if (KIND == MEAN_LOGVAR) z = posterior_sample(z, std_of_logvar(widen(stored[spread])), *normal);
+    return normalized(z, shift, scale);
+}
+
+// A run of an image: what its outputs are made of, all in the order in which they lie, and where they go.
+struct Run {
+    const void* latents;
+    int64_t first, spread;  // numbers of latents: of the run's first element, and how far on its spread lies
+    const float *normals, *eps;  // no normals without a spread
+    float shift, scale;
+    Coefficients k;
+    int64_t length;
+    float *target, *x_t;
+};
+
+// Every number is read and written once, all arrays at a time.
+template <int KIND, typename In>
+ERD_FAST_PART void mix_run(const Run& r) {
+    const In* __restrict stored = (const In*)r.latents + r.first;
+    const float *__restrict n = r.normals, *__restrict eps = r.eps;
+    float *__restrict target = r.target, *__restrict x_t = r.x_t;
+    for (int64_t i = 0; i < r.length; i++) {
+        float x = x_start_of<KIND>(stored + i, r.spread, n + i, r.shift, r.scale);
+        target[i] = combined(r.k.c_x, x, r.k.c_eps, eps[i]);
+        x_t[i] = combined(r.k.alpha, x, r.k.sigma, eps[i]);
     }
 }
 
-template <typename T>
-ERD_FAST_PART void x_start_typed(int kind, const T* stored, const T* spread, const float* normals, float shift,
-                                 float scale, int64_t length, float* x) {
+template <typename In>
+ERD_FAST_PART void mix_by_kind(int kind, const Run& r) {
     switch (kind) {
         case MEAN_STD:
-            return x_start_of<MEAN_STD>(stored, spread, normals, shift, scale, length, x);
+            return mix_run<MEAN_STD, In>(r);
         case MEAN_LOGVAR:
-            return x_start_of<MEAN_LOGVAR>(stored, spread, normals, shift, scale, length, x);
+            return mix_run<MEAN_LOGVAR, In>(r);
         default:
-            return x_start_of<SAMPLE_KIND>(stored, stored, normals, shift, scale, length, x);
+            return mix_run<SAMPLE_KIND, In>(r);
     }
 }
 
-// x0 of one run, not mirrored yet.
-ERD_FAST_PART void x_start_run(const QSampleArguments& a, int64_t image, int64_t c, int64_t first, int64_t length,
-                               const Scratch& s) {
-    int64_t size = a.channels * a.height * a.width;
-    int64_t row = a.index ? a.index[image] : image;
-    bool spreads = a.kind == MEAN_STD || a.kind == MEAN_LOGVAR;
-    int64_t place = row * (spreads ? 2 * size : size) + first;
-    const float* n = spreads ? normals_run(a, a.posterior_noise, POSTERIOR, image, first, length, s.normals) : nullptr;
-    float shift = a.shift ? a.shift[c] : 0.0f, scale = a.scale ? a.scale[c] : 1.0f;
+ERD_FAST_PART void mix(const QSampleArguments& a, const Run& r) {
     switch (a.latents_dtype) {
-        case Dtype::FLOAT32: {
-            const float* stored = (const float*)a.latents + place;
-            return x_start_typed(a.kind, stored, stored + size, n, shift, scale, length, s.x_start);
-        }
-        case Dtype::BFLOAT16: {
-            const BFloat16* stored = (const BFloat16*)a.latents + place;
-            return x_start_typed(a.kind, stored, stored + size, n, shift, scale, length, s.x_start);
-        }
-        case Dtype::FLOAT16: {
-            const Float16* stored = (const Float16*)a.latents + place;
-            widen_halves(stored, length, s.mean);
-            if (spreads) widen_halves(stored + size, length, s.spread);
-            return x_start_typed(a.kind, s.mean, s.spread, n, shift, scale, length, s.x_start);
-        }
-        case Dtype::UINT8: {
-            const uint8_t* pixels = (const uint8_t*)a.latents + place;
-            return x_start_of<PIXELS>(pixels, pixels, n, shift, scale, length, s.x_start);
-        }
+        case Dtype::BFLOAT16:
+            return mix_by_kind<BFloat16>(a.kind, r);
+        case Dtype::FLOAT16:
+            return mix_by_kind<Float16>(a.kind, r);
+        case Dtype::UINT8:
+            return mix_run<PIXELS, uint8_t>(r);
+        default:
+            return mix_by_kind<float>(a.kind, r);
     }
+}
+
+ERD_FAST_PART void mirror(float* rows, int64_t length, int64_t width) {
+    for (float* row = rows; row < rows + length; row += width) std::reverse(row, row + width);
 }
 
 template <typename T>
-ERD_FAST_PART void mix_typed(const Coefficients& k, const float* __restrict x_start, const float* __restrict eps,
-                             int64_t length, float* __restrict target, T* __restrict x_t) {
-    for (int64_t i = 0; i < length; i++) {
-        target[i] = combined(k.c_x, x_start[i], k.c_eps, eps[i]);
-        narrow(combined(k.alpha, x_start[i], k.sigma, eps[i]), x_t + i);
-    }
-}
-
-// Target and x_t of one run; x_t from number `place` of `out` on.
-ERD_FAST_PART void mix_run(Dtype dtype, const Coefficients& k, const float* x_start, const float* eps, int64_t length,
-                           float* target, void* out, int64_t place) {
-    switch (dtype) {
-        case Dtype::BFLOAT16:
-            return mix_typed(k, x_start, eps, length, target, (BFloat16*)out + place);
-        case Dtype::FLOAT16:
-            return mix_typed(k, x_start, eps, length, target, (Float16*)out + place);
-        default:
-            return mix_typed(k, x_start, eps, length, target, (float*)out + place);
-    }
+ERD_FAST_PART void narrow_run(const float* __restrict from, int64_t length, T* __restrict to) {
+    for (int64_t i = 0; i < length; i++) narrow(from[i], to + i);
 }
 
 template <typename T>
@@ -133,21 +122,39 @@ ERD_FAST_PART void store_tokens(const QSampleArguments& a, const void* image, in
 }
 
 ERD_FAST_PART void image_body(const QSampleArguments& a, int64_t image, const Scratch& s) {
-    int64_t plane = a.height * a.width, start = image * a.channels * plane;
-    int64_t longest = std::max(RUN / a.width, (int64_t)1) * a.width;
+    int64_t plane = a.height * a.width, size = a.channels * plane, start = image * size;
+    int64_t longest = std::max(LONGEST / a.width, (int64_t)1) * a.width;
+    bool spreads = a.kind == MEAN_STD || a.kind == MEAN_LOGVAR, mirrored = a.flip && a.flip[image];
+    int64_t stored = (a.index ? a.index[image] : image) * (spreads ? 2 * size : size);
     const float* row = a.coefficients + 4 * (a.t_index ? a.t_index[image] : image);
-    const Coefficients k{row[0], row[1], row[2], row[3]};
+    void* x_t = a.patch ? s.image : a.x_t;
+    Run r{};
+    r.latents = a.latents;
+    r.spread = size;
+    r.k = {row[0], row[1], row[2], row[3]};
     for (int64_t c = 0; c < a.channels; c++) {
+        r.shift = a.shift ? a.shift[c] : 0.0f;
+        r.scale = a.scale ? a.scale[c] : 1.0f;
         for (int64_t place = 0; place < plane; place += longest) {
-            int64_t first = c * plane + place, length = std::min(longest, plane - place);
-            x_start_run(a, image, c, first, length, s);
-            if (a.flip && a.flip[image]) {
-                for (float* x = s.x_start; x < s.x_start + length; x += a.width) std::reverse(x, x + a.width);
+            int64_t first = c * plane + place, out = a.patch ? first : start + first;
+            r.first = stored + first;
+            r.length = std::min(longest, plane - place);
+            r.target = a.target + start + first;
+            r.x_t = a.x_t_dtype == Dtype::FLOAT32 ? (float*)x_t + out : s.x_t;
+            r.eps = normals_run(a, a.noise, NOISE, image, first, r.length, s.eps);
+            if (spreads) r.normals = normals_run(a, a.posterior_noise, POSTERIOR, image, first, r.length, s.normals);
+            if (mirrored) {  // x0 is, and the noise is not: x0 as it lies is mixed with the noise turned round
+                std::copy(r.eps, r.eps + r.length, s.mirrored);
+                mirror(s.mirrored, r.length, a.width);
+                r.eps = s.mirrored;
             }
-            const float* eps = normals_run(a, a.noise, NOISE, image, first, length, s.normals);
-            void* x_t = a.patch ? s.image : a.x_t;
-            mix_run(a.x_t_dtype, k, s.x_start, eps, length, a.target + start + first, x_t,
-                    a.patch ? first : start + first);
+            mix(a, r);
+            if (mirrored) {
+                mirror(r.target, r.length, a.width);
+                mirror(r.x_t, r.length, a.width);
+            }
+            if (a.x_t_dtype == Dtype::BFLOAT16) narrow_run(r.x_t, r.length, (BFloat16*)x_t + out);
+            if (a.x_t_dtype == Dtype::FLOAT16) narrow_run(r.x_t, r.length, (Float16*)x_t + out);
         }
     }
     if (!a.patch) return;
@@ -168,7 +175,7 @@ ERD_FAST_VARIANTS(images, images_body, (const QSampleArguments& a, int64_t first
 }  // namespace
 
 void q_sample_fwd_cpu(const QSampleArguments& a, int64_t first, int64_t last) {
-    int64_t room = std::max(RUN, a.width) + 16;
+    int64_t room = std::max(LONGEST, a.width) + 16;
     std::vector<float> memory(4 * room + (a.patch ? a.channels * a.height * a.width : 0));
     float* start = memory.data();
     images(a, first, last, {start, start + room, start + 2 * room, start + 3 * room, start + 4 * room});

@@ -1,38 +1,24 @@
-"""What tests of several areas share: a cache folder of their own, and a run that trains in a fraction of a second."""
+"""What tests of several areas share: a cache folder of their own, and a run that trains in a fraction of a second.
+
+The engine is imported where a fixture needs it: tests of ops and kernels run where its dependencies are not.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from erd_fast.data import LatentStore, open_dataset
-from erd_fast.models import create_model
-from erd_fast.optim import AdamWEMA
-from erd_fast.training.config import (
-    DataConfig,
-    DiffusionConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
-from erd_fast.training.loop import model_arguments, train
-from erd_fast.training.step import TrainStep, make_process
-
-TINY = RunConfig(
-    train=TrainConfig(steps=6, batch_size=16, precision="fp32", log_every=1, save_every=0, sample_every=0),
-    data=DataConfig("digits", "resident"),
-    model=ModelConfig("DiT-tiny/2", hidden_size=32, depth=1, num_heads=1),
-    diffusion=DiffusionConfig(),
-    optim=OptimConfig(lr=1e-3, ema_decay=0.9),
-    eval=EvalConfig(images=0, sampler_steps=2),
-)
+if TYPE_CHECKING:
+    from erd_fast.data import LatentStore
+    from erd_fast.training.config import RunConfig
+    from erd_fast.training.step import TrainStep
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,16 +33,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def digits(cache: Path) -> LatentStore:
+    from erd_fast.data import open_dataset
+
     return open_dataset("digits")
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., RunConfig]:
     """``tiny(train={"steps": 3}, ...)``: the tiny run with these fields in place of its own."""
+    from erd_fast.training import config
+
+    base = config.RunConfig(
+        train=config.TrainConfig(steps=6, batch_size=16, precision="fp32", log_every=1, save_every=0, sample_every=0),
+        data=config.DataConfig("digits", "resident"),
+        model=config.ModelConfig("DiT-tiny/2", hidden_size=32, depth=1, num_heads=1),
+        diffusion=config.DiffusionConfig(),
+        optim=config.OptimConfig(lr=1e-3, ema_decay=0.9),
+        eval=config.EvalConfig(images=0, sampler_steps=2),
+    )
 
     def make(**sections: dict[str, Any]) -> RunConfig:
-        changed = {name: dataclasses.replace(getattr(TINY, name), **fields) for name, fields in sections.items()}
-        return dataclasses.replace(TINY, **changed)
+        changed = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in sections.items()}
+        return dataclasses.replace(base, **changed)
 
     return make
 
@@ -76,6 +74,8 @@ def training_lines() -> Callable[[Path], list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> Path:
     """Folder of a finished run of 40 steps, long enough for labels to matter; tests leave it as it is."""
+    from erd_fast.training.loop import train
+
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(tiny(train={"steps": 40}, optim={"lr": 1e-2}), folder)
     return folder
@@ -84,6 +84,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunCon
 @pytest.fixture(scope="session")
 def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
     """``make_step(config, store=digits)``: a training step at its start, on the CPU."""
+    from erd_fast.models import create_model
+    from erd_fast.optim import AdamWEMA
+    from erd_fast.training.loop import model_arguments
+    from erd_fast.training.step import TrainStep, make_process
 
     def make(config: RunConfig, store: LatentStore = digits) -> TrainStep:
         model = create_model(**model_arguments(config, store), seed=config.train.seed)
@@ -97,6 +101,7 @@ def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
 @pytest.fixture
 def at_step(monkeypatch):
     """``at_step(n, act)``: call ``act`` within the n-th training step from now on."""
+    from erd_fast.training.step import TrainStep
 
     def patch(number: int, act) -> None:
         call, taken = TrainStep.__call__, []

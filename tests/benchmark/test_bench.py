@@ -1,19 +1,27 @@
 """bench: what is measured, checked and written."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from erd_fast import cli
+from erd_fast.benchmark import op_cases as cases
 from erd_fast.benchmark import ops as bench
-from erd_fast.benchmark.op_cases import op_cases
-from erd_fast.benchmark.records import Record, table
-from erd_fast.benchmark.timing import measure
+from erd_fast.benchmark.op_cases import MODES, SIZES, OpCase
+from erd_fast.benchmark.ops import Variant, bench_case, call_of, check, truth, variants_of
+from erd_fast.benchmark.records import Record, machine_name, table
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.ops import OPS, use_backend
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+KINDS = [(op, mode) for op, modes in MODES.items() for mode in modes]
+EAGER, REFERENCE = Variant("eager"), Variant("erd-fast", "reference")
 
 
 @pytest.fixture
@@ -22,40 +30,102 @@ def eager_in_place_of_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of the CPU")
-def test_the_command_prints_and_writes_every_backend(tmp_path, capsys, eager_in_place_of_compile):
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    """128 MiB of inputs take a while to make."""
+    monkeypatch.setattr(cases, "copies_past_cache", lambda _: 2)
+    monkeypatch.setattr(cases, "_STORED", 64)
+    monkeypatch.setattr(bench, "_COPY_BYTES", 1 << 20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="backends of the CPU")
+def test_the_command_prints_and_writes_every_variant(tmp_path, capsys, eager_in_place_of_compile):
     file = tmp_path / "out" / "ops.json"
     cli.main(["bench", "ops", "--filter", "q_sample given N=8", "--seconds", "0.01", "--json", str(file)])
     content = json.loads(file.read_text())
-    assert {"device", "torch", "python", "commit", "dirty", "date", "threads"} <= content["machine"].keys()
-    found = [(record["variant"], record["backend"]) for record in content["records"]]
+    wanted = {"device", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "date", "threads"}
+    assert wanted <= content["machine"].keys()
+    copy, *records = content["records"]
+    assert (copy["group"], copy["case"], copy["variant"]) == ("machine", "copy", "eager")
+    assert copy["gb_per_s"] == pytest.approx((2 << 20) / copy["median_s"] / 1e9)
     here = [("erd-fast", name) for name in ("cpu", "reference") if OPS["q_sample"].refusal(name) is None]
-    assert found == [("eager", ""), ("compile", ""), *here]
-    for record in content["records"]:
+    assert [(record["variant"], record["backend"]) for record in records] == [("eager", ""), ("compile", ""), *here]
+    for record in records:
         assert (record["group"], record["case"]) == ("ops/q_sample", "given N=8")
-        assert record["median_s"] > 0 and record["runs"] >= 10
+        assert record["median_s"] > 0 and record["iqr_s"] >= 0 and record["runs"] >= 3
         # fp16 moments, two given normals, x_t and target in fp32.
         assert record["gb_per_s"] == pytest.approx(8 * 4096 * (4 + 8 + 4 + 4) / record["median_s"] / 1e9)
-    printed = capsys.readouterr().out
-    assert "x eager" in printed and f"wrote {file}" in printed
+    printed = capsys.readouterr()
+    assert "x eager" in printed.out and "of copy" in printed.out and f"wrote {file}" in printed.out
+    assert printed.err.splitlines() == ["machine copy", "[1/1] ops/q_sample given N=8"]
 
 
-@pytest.mark.parametrize("op", bench.BENCHED)
-def test_ours_and_eager_are_one_computation(op):
-    for case in op_cases(op, 4, CPU, 2):
+def test_every_op_is_measured_at_every_size_and_a_gpu_has_the_calls_of_a_step_too():
+    on_cpu, on_gpu = (cases.op_cases(torch.device(name)) for name in ("cpu", "cuda"))
+    assert set(OPS) <= set(MODES)
+    assert [(case.op, case.mode, case.size) for case in on_cpu] == [(*kind, size) for kind in KINDS for size in SIZES]
+    assert {case.group for case in on_cpu} == {f"ops/{op}" for op in MODES}
+    assert {case.group for case in on_gpu} == {f"ops/{op}" for op in MODES} | {"calls/step"}
+    assert [v.name for v in variants_of(on_gpu[-1], torch.device("cuda"))[:3]] == ["eager", "compile", "compile-graphs"]
+
+
+@pytest.mark.parametrize("layout", [(torch.float32, 0), (torch.bfloat16, 2)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(("op", "mode"), KINDS)
+def test_variants_agree_on_every_case(op, mode, layout, monkeypatch, eager_in_place_of_compile):
+    """Also in the layout of a GPU, where ours are patch tokens and the baseline's images."""
+    monkeypatch.setattr(cases, "_layout", lambda device: layout)
+    case = OpCase(op, mode, 4)
+    workload = case.build(CPU)
+    expected = truth(workload)
+    assert (workload.as_ours is not None) == (op == "diffusion_loss" or mode == "given")
+    for variant in variants_of(case, CPU):
+        with use_backend(variant.backend):
+            check(case, workload, variant, call_of(workload, variant)(0), expected)
+    floats = [value for value in expected if value.is_floating_point()]
+    assert (op == "draw") or {value.dtype for value in floats} == {torch.float32, layout[0]}
+    assert all(value.std() > 0 for value in floats if value.dim())
+
+
+def test_copies_of_the_inputs_differ():
+    for op, mode in KINDS:
+        workload = OpCase(op, mode, 4).build(CPU)
         with use_backend("reference"):
-            ours, eager = case.ours(1), case.eager(1)
-        assert [value.shape for value in ours][: len(eager)] == [value.shape for value in eager] or op == "draw"
-        if case.comparable:
-            bench._check(case, "reference")
+            first, second = workload.ours(0), workload.ours(1)
+        assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), op
+
+
+@pytest.mark.parametrize(("op", "mode"), KINDS)
+def test_a_result_that_is_off_is_refused(op, mode):
+    case = OpCase(op, mode, 2)
+    workload = case.build(CPU)
+    expected = truth(workload)
+    for number, value in enumerate(expected):
+        off = ~value if value.dtype == torch.bool else value + 1 if not value.is_floating_point() else 1.001 * value
+        for wrong in (off, value.double() if value.is_floating_point() else value.float(), value[None]):
+            found = (*expected[:number], wrong, *expected[number + 1 :])
+            with pytest.raises(RunError, match=rf"bench: {case.op} {case.name}, reference: result {number} is .* off"):
+                check(case, workload, REFERENCE, found, expected)
+    broken = (*expected[:-1], torch.full_like(expected[-1], float("nan"))) if expected[-1].is_floating_point() else None
+    if broken:
+        with pytest.raises(RunError, match="is nan off"):
+            check(case, workload, REFERENCE, broken, expected)
 
 
 def test_a_backend_that_is_wrong_is_not_timed(monkeypatch, eager_in_place_of_compile):
     body = OPS["q_sample"].body
     monkeypatch.setattr(OPS["q_sample"], "body", lambda *args: tuple(1.001 * value for value in body(*args)))
-    case = next(case for case in op_cases("q_sample", 2, CPU, 1) if case.comparable)
-    with use_backend("reference"), pytest.raises(RunError, match=r"q_sample given N=2 on reference is .* away"):
-        bench._check(case, "reference")
+    with pytest.raises(RunError, match="q_sample given N=2, reference: result 0"):
+        list(bench_case(OpCase("q_sample", "given", 2), CPU, 0.01))
+
+
+def test_a_compiler_that_does_not_work_here_is_said_and_left_out(monkeypatch, capsys):
+    def broken(function, **_):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    records = list(bench_case(OpCase("draw", "", 2), CPU, 0.01))
+    assert [record.variant for record in records if not record.backend] == ["eager"] and len(records) > 1
+    assert "compile does not run here and is left out: no C++ compiler" in capsys.readouterr().err
 
 
 def test_a_filter_without_a_case_is_refused():
@@ -63,16 +133,64 @@ def test_a_filter_without_a_case_is_refused():
         list(bench.bench_ops("adam"))
 
 
-def test_timing_takes_every_copy_in_turn():
-    seen = []
-    timing = measure([lambda: seen.append(0), lambda: seen.append(1)], CPU, seconds=0.01)
-    assert timing.runs >= 10 and seen[:4] == [0, 1, 0, 1] and timing.median_s > 0
+@pytest.mark.parametrize(
+    ("pattern", "count"), [("", 25), ("N=8", 5), ("q_sample", 10), ("q_sample drawn", 5), ("ops/step N=1024", 1)]
+)
+def test_a_filter_takes_the_cases_that_contain_it(pattern, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "bench_case", lambda case, *_: [case])
+    found = list(bench.bench_ops(pattern, 0.001))[1:]
+    assert len(found) == count and all(pattern in f"{case.group} {case.name}" for case in found)
+    assert pattern != "N=8" or {case.size for case in found} == {8}
 
 
-def test_the_table_compares_with_eager_of_the_same_case():
+def test_the_table_compares_with_eager_of_the_same_case_and_with_a_copy():
     records = [
-        Record("ops/x", "N=8", variant, "", seconds, 0.0, 9, 1.0)
-        for variant, seconds in (("eager", 4e-6), ("erd-fast", 1e-6))
+        Record(group, "N=8", variant, "", seconds, 0.0, 9, rate)
+        for group, variant, seconds, rate in [
+            ("machine", "eager", 1.0, 8.0),
+            ("ops/x", "eager", 4e-6, 1.0),
+            ("ops/y", "eager", 9e-6, 1.0),
+            ("ops/x", "erd-fast", 1e-6, 4.0),
+        ]
     ]
-    lines = table(records).splitlines()
-    assert lines[2].split()[-1] == "4.00" and lines[1].split()[-1] == "1.00"
+    last = table(records).splitlines()[-1].split()
+    assert last[-3:] == ["4.00", "50.0%", "4.00"]
+
+
+def test_a_machine_has_a_name_for_a_folder():
+    assert set(machine_name()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert torch.cuda.is_available() or machine_name().endswith(f"{torch.get_num_threads()}-threads")
+
+
+def test_the_files_of_bench_run_on_the_same_cases():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+    names = {f"bench_{op}.py" for op in OPS}
+    assert {file.name for file in (ROOT / "bench").glob("bench_*.py")} == names
+
+
+# Whatever else the package depends on is not there where `make gpu` must run.
+REFUSED = ("tyro", "tqdm", "matplotlib", "sklearn", "scipy", "joblib", "PIL", "torchvision", "diffusers")
+WITHOUT = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {REFUSED}:
+            raise ModuleNotFoundError("refused " + name, name=name)
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, "bench")
+import pytest, run
+from erd_fast.benchmark import ops, records
+how = ["--collect-only", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+sys.exit(pytest.main([*how, *run.TESTED, "bench"]))
+"""
+
+
+def test_what_make_gpu_runs_needs_few_packages():
+    pytest.importorskip("pytest_benchmark")
+    run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
+    assert "test_gpu.py" in run.stdout and "bench_draw.py" in run.stdout

@@ -3,12 +3,12 @@
 import math
 
 import pytest
-import scipy.stats
 import torch
 
 from erd_fast.ops import Draw, draw
 from erd_fast.random import Purpose, Stream, sample_order, stratified_word, stratum, words
 
+scipy = pytest.importorskip("scipy")
 HOW = {"seed": 0xFEDCBA9876543210, "dataset_size": 37, "num_timesteps": 1000, "label_drop": 0.1}
 RARE = 1e-6  # chance that a right generator exceeds a bound below
 

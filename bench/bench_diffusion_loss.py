@@ -1,0 +1,10 @@
+"""diffusion_loss under pytest-benchmark: python -m pytest bench/bench_diffusion_loss.py"""
+
+import pytest
+
+from erd_fast.benchmark.timing import clock
+
+
+@pytest.mark.benchmark(group="diffusion_loss/fwd", timer=clock)
+def test_diffusion_loss(timed, variant, size):
+    timed("diffusion_loss", variant, size)

@@ -1,0 +1,102 @@
+"""Write the tables of README.md and docs/ from bench/results/: ``python bench/tables.py``, which ``make bench`` does.
+
+A table stands between ``<!-- table: GROUP -->`` and ``<!-- end -->``, for each machine that measured the group;
+``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REGION = re.compile(r"(<!-- table: (\S+)(?: (.+?))? -->\n)(?s:.*?)(<!-- end -->)")
+
+Results = dict[str, dict[str, Any]]
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def read_results(folder: Path = ROOT / "bench" / "results") -> Results:
+    """Files with records, by path: ``<machine>/ops.json``."""
+    found = {str(file.relative_to(folder)): json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))}
+    return {path: content for path, content in found.items() if "records" in content}
+
+
+def render(text: str, results: Results) -> str:
+    """The document with its tables as the results have them; the rest stays as it is."""
+
+    def region(match: re.Match[str]) -> str:
+        begin, group, part, end = match.groups()
+        wanted = re.compile(rf"{re.escape(part)}(?!\d)" if part else "")  # N=8 is not N=8192
+        tables = [_table(path, content, group, wanted) for path, content in results.items()]
+        return begin + ("\n".join(filter(None, tables)) or "Not measured.\n") + end
+
+    return REGION.sub(region, text)
+
+
+def _table(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]) -> str:
+    """One machine's table, a row for each case and a column for each variant; empty if it has no such case."""
+    records = [r for r in content["records"] if r["group"] == group and part.search(r["case"])]
+    if not records:
+        return ""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        rows.setdefault(record["case"], {})[f"{record['variant']} {record['backend']}".strip()] = record
+    columns = sorted(dict.fromkeys(name for row in rows.values() for name in row), key=_is_ours)  # baselines first
+    copy = next((r["gb_per_s"] for r in content["records"] if r["group"] == "machine"), None)
+    baselines = [name for name in columns if not _is_ours(name) and _is_ours(columns[-1])]
+    head = ["case", *columns, *(f"x {name}" for name in baselines), "GB/s", "of copy"]
+    lines = [_caption(path, content["machine"]), "", _row(head), _row(["---", *["--:"] * (len(head) - 1)])]
+    for case, row in rows.items():
+        ours = next((record for name, record in row.items() if _is_ours(name)), None)
+        shown = ours or next(iter(row.values()))
+        times = [_time(row[name]) if name in row else "" for name in columns]
+        speeds = [
+            f"{row[name]['median_s'] / ours['median_s']:.2f}" if ours and name in row else "" for name in baselines
+        ]
+        part_of_copy = f"{shown['gb_per_s'] / copy:.0%}" if copy else ""
+        lines.append(_row([case, *times, *speeds, _short(shown["gb_per_s"]), part_of_copy]))
+    return "\n".join(lines) + "\n"
+
+
+def _caption(path: str, machine: dict[str, Any]) -> str:
+    threads = "" if machine["driver"] else f", {machine['threads']} threads"
+    commit = f"commit {machine['commit'][:7]}{' with changes' if machine['dirty'] else ''}" if machine["commit"] else ""
+    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", commit, machine["date"][:10]]
+    return f"**{machine['device']}{threads}**, {', '.join(filter(None, facts))} (bench/results/{path})"
+
+
+def _is_ours(column: str) -> bool:
+    return column.startswith("erd-fast")
+
+
+def _time(record: dict[str, Any]) -> str:
+    """Median, and the interquartile range in brackets."""
+    median, spread = record["median_s"], record["iqr_s"]
+    unit, factor = ("s", 1.0) if median >= 1 else ("ms", 1e3) if median >= 1e-3 else ("µs", 1e6)
+    return f"{_short(median * factor)} {unit} ({_short(spread * factor)})"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    results = read_results()
+    for file in documents():
+        text = file.read_text()
+        rendered = render(text, results)
+        if rendered != text:
+            file.write_text(rendered)
+            print(f"wrote {file.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""bench/tables.py and bench/run.py: tables of the documents, and counts of tests."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {
+    "device": "GPU X",
+    "threads": 4,
+    "driver": "580.1",
+    "torch": "2.14.1",
+    "triton": "3.8.0",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "date": "2026-11-25T10:00:00+00:00",
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_tables", ROOT / "bench" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(group: str, case: str, variant: str, backend: str, seconds: float, rate: float) -> dict[str, object]:
+    names = {"group": group, "case": case, "variant": variant, "backend": backend}
+    return {**names, "median_s": seconds, "iqr_s": seconds / 100, "runs": 9, "gb_per_s": rate}
+
+
+RECORDS = [
+    record("machine", "copy", "eager", "", 1e-3, 2000.0),
+    record("ops/q_sample", "drawn N=8", "eager", "", 40e-6, 50.0),
+    record("ops/q_sample", "drawn N=8", "erd-fast", "cuda", 8e-6, 250.0),
+    record("ops/q_sample", "drawn N=8", "erd-fast", "triton", 10e-6, 200.0),
+    record("ops/q_sample", "drawn N=8192", "eager", "", 4e-3, 250.0),
+    record("ops/q_sample", "drawn N=8192", "compile", "", 3e-3, 300.0),
+    record("ops/q_sample", "drawn N=8192", "erd-fast", "cuda", 0.5e-3, 1800.0),
+]
+RESULTS = {"gpu-x/ops.json": {"machine": MACHINE, "records": RECORDS}}
+EXPECTED = """<!-- table: ops/q_sample -->
+**GPU X**, torch 2.14.1, Triton 3.8.0, commit 0123456, 2026-11-25 (bench/results/gpu-x/ops.json)
+
+| case | eager | compile | erd-fast cuda | erd-fast triton | x eager | x compile | GB/s | of copy |
+| --- | --: | --: | --: | --: | --: | --: | --: | --: |
+| drawn N=8 | 40 µs (0.4) |  | 8 µs (0.08) | 10 µs (0.1) | 5.00 |  | 250 | 12% |
+| drawn N=8192 | 4 ms (0.04) | 3 ms (0.03) | 500 µs (5) |  | 8.00 | 6.00 | 1800 | 90% |
+<!-- end -->
+"""
+
+
+def test_a_region_becomes_the_table_and_the_rest_stays(tables):
+    empty = "before\n<!-- table: ops/q_sample -->\n<!-- end -->\nafter <!-- end -->\n"
+    written = tables.render(empty, RESULTS)
+    assert written == "before\n" + EXPECTED + "after <!-- end -->\n"
+    assert tables.render(written, RESULTS) == written
+
+
+def test_a_region_may_take_some_cases_and_two_machines(tables):
+    region = "<!-- table: ops/q_sample N=8 -->\nold\n<!-- end -->"
+    written = tables.render(region, RESULTS)
+    assert "| drawn N=8 |" in written and "N=8192" not in written and "old" not in written
+    slow = {"machine": {**MACHINE, "device": "CPU Y", "driver": "", "dirty": True}, "records": RECORDS[1:3]}
+    both = tables.render(region, {"cpu-y/ops.json": slow, **RESULTS})
+    assert "**CPU Y, 4 threads**, torch 2.14.1, Triton 3.8.0, commit 0123456 with changes, 2026-11-25" in both
+    assert (
+        both.index("CPU Y") < both.index("GPU X") and tables.render(both, {"cpu-y/ops.json": slow, **RESULTS}) == both
+    )
+
+
+def test_what_nobody_measured_is_said(tables):
+    region = "<!-- table: ops/draw -->\nsomething typed\n<!-- end -->\n"
+    assert tables.render(region, RESULTS) == "<!-- table: ops/draw -->\nNot measured.\n<!-- end -->\n"
+
+
+def test_the_documents_hold_what_the_results_say(tables):
+    results = tables.read_results()
+    stale = [file.name for file in tables.documents() if tables.render(text := file.read_text(), results) != text]
+    assert not stale, f"run `python bench/tables.py`: {stale}"
+
+
+def test_files_without_records_have_no_table(tables, tmp_path):
+    (tmp_path / "gpu-x").mkdir()
+    (tmp_path / "gpu-x" / "ops.json").write_text(json.dumps(RESULTS["gpu-x/ops.json"]))
+    (tmp_path / "gpu-x" / "tests.json").write_text(json.dumps({"machine": MACHINE, "tests": []}))
+    assert tables.read_results(tmp_path) == RESULTS
+
+
+COUNTED = """
+def test_right(): pass
+def test_wrong(): assert False
+def test_left_out(): import pytest; pytest.skip("not here")
+"""
+
+
+def test_counts_of_a_test_run_go_to_a_file_and_a_table(tmp_path):
+    (tmp_path / "tests" / "a").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (tmp_path / "tests" / "a" / "test_counted.py").write_text(COUNTED)
+    (tmp_path / "tests" / "a" / "test_broken.py").write_text("import nothing_of_this_name")
+    file = tmp_path / "tests.json"
+    code = f"import run, sys; from pathlib import Path; run.ROOT = Path({str(tmp_path)!r}); run.TESTED = ('tests/a',); "
+    code += f"sys.exit(run.tests(Path({str(file)!r})))"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); {code}"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout + run.stderr
+    content = json.loads(file.read_text())
+    (counts,) = content["tests"]
+    assert (counts["area"], counts["passed"], counts["failed"], counts["skipped"]) == ("tests/a", 1, 1, 1)
+    assert content["failed"] == ["tests/a/test_broken.py", "tests/a/test_counted.py::test_wrong"]
+    assert "torch" in content["machine"]
+    assert run.stdout.splitlines()[-1].split()[:4] == ["tests/a", "1", "1", "1"]
