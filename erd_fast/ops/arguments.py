@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def check_shape(op: str, argument: str, given: Tensor | None, allowed: tuple[int, ...]) -> None:
@@ -39,13 +40,21 @@ def check_rows(op: str, argument: str, given: Tensor | None, limit: int) -> None
         raise ValueError(f"{op}: {argument}: given {low if low < 0 else high}, allowed 0 to {limit - 1}")
 
 
-def check_finite(op: str, argument: str, given: Tensor | None) -> None:
-    """Raise ValueError unless all numbers are finite. On a GPU they are not read back."""
-    if given is None or not _readable(given):
+_finite = WeakIdKeyDictionary()  # table -> its version when it was found to be finite
+
+
+def check_finite(op: str, argument: str, given: Tensor) -> None:
+    """Raise ValueError unless all numbers of a table are finite. On a GPU they are not read back; elsewhere a table is
+    looked at once, and again when it was changed in place."""
+    if not _readable(given):
+        return
+    version = None if given.is_inference() else given._version
+    if version is not None and _finite.get(given) == version:
         return
     if not all(map(math.isfinite, _extremes(given))):  # NaN is both extremes
         row = int((~torch.isfinite(given)).reshape(given.shape[0], -1).any(1).nonzero()[0])
         raise ValueError(f"{op}: {argument}: given {given[row].tolist()} in row {row}, allowed finite numbers")
+    _finite[given] = version
 
 
 def _readable(given: Tensor) -> bool:

@@ -49,6 +49,8 @@ class Op:
     registered: Any = None
     used: str | None = None
     """The backend of the last call, for logs and benchmarks."""
+    _auto: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """By type of device, the backends that are there."""
 
     def __call__(self, *args: Any) -> Outputs:
         if torch.compiler.is_compiling():  # there is nothing to choose yet: the op chooses when the graph runs
@@ -72,7 +74,9 @@ class Op:
                 raise BackendUnavailableError(self.name, named, *refusal)
             return named
         on = _device_type(args)
-        return next(name for name in BACKENDS if on in _takes(name) and self.refusal(name, *args) is None)
+        if on not in self._auto:
+            self._auto[on] = tuple(name for name in BACKENDS if on in _takes(name) and self.refusal(name) is None)
+        return next(name for name in self._auto[on] if self.supports[name](*args) is None)
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
         """(reason, remedy) why ``backend`` cannot run this call, or without ``args`` any call; None if it can."""
@@ -84,7 +88,7 @@ class Op:
         on, (wants, *_) = _device_type(args), _takes(backend)
         if on != wants:
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
-        reason = self.supports[backend](*args) if backend in self.supports else None
+        reason = self.supports[backend](*args)
         return None if reason is None else (reason, "take another backend for this call")
 
     def run(self, *args: Any) -> Outputs:
@@ -107,6 +111,11 @@ class Op:
         return getattr(torch.ops._erd_fast_C, f"{self.name}_fwd")
 
 
+def _everything(*args: Any) -> str | None:
+    """The reason why a backend without limits cannot take these arguments: there is none."""
+    return None
+
+
 def _current_device(backend: str, tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, wherever the tensors are; csrc has a guard of its own."""
     if backend == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
@@ -115,7 +124,7 @@ def _current_device(backend: str, tensor: Tensor) -> contextlib.AbstractContextM
 
 
 def _device_type(args: tuple[Any, ...]) -> str:
-    return next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    return next(arg for arg in args if isinstance(arg, Tensor)).device.type
 
 
 def _takes(backend: str) -> tuple[str, ...]:
@@ -160,7 +169,8 @@ def declare(
     """
     if name in OPS:
         raise ValueError(f"op {name} is declared twice")
-    op = Op(name, body, outputs, launch, (*backends, "reference"), supports or {})
+    supporting = dict.fromkeys(BACKENDS, _everything) | (supports or {})
+    op = Op(name, body, outputs, launch, (*backends, "reference"), supporting)
     full = schema.replace(") ->", ", str backend) ->", 1)
     op.registered = torch.library.custom_op(f"erd_fast::{name}_fwd", op.run, mutates_args=(), schema=full)
     op.registered.register_fake(lambda *args: outputs(*args[:-1]))

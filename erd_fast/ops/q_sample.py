@@ -18,6 +18,7 @@ KINDS = get_args(LatentKind)
 _POSTERIOR = ("mean_std", "mean_logvar")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _REALS = (*_FLOATS, torch.float64)
+_ROWS = (torch.int64, torch.int32)
 _LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of the LDM autoencoder
 
 
@@ -83,10 +84,13 @@ def q_sample(
     _check_latents(latents, kind, count, patch, dtype)
     channels = latents.shape[1] // (2 if with_posterior else 1)
     shape = (count, channels, *latents.shape[2:])
-    _check_tensors(latents, (count,), torch.int64, torch.int32, t_index=t_index, index=index, ids=ids)
-    _check_tensors(latents, (count,), torch.bool, flip=flip)
-    _check_tensors(latents, (channels,), *_REALS, scale=scale, shift=shift)
-    _check_tensors(latents, shape, *_REALS, noise=noise, posterior_noise=posterior_noise)
+    for name, tensor in (("t_index", t_index), ("index", index), ("ids", ids)):
+        _check_tensor(name, tensor, (count,), _ROWS, latents)
+    _check_tensor("flip", flip, (count,), (torch.bool,), latents)
+    _check_tensor("scale", scale, (channels,), _REALS, latents)
+    _check_tensor("shift", shift, (channels,), _REALS, latents)
+    _check_tensor("noise", noise, shape, _REALS, latents)
+    _check_tensor("posterior_noise", posterior_noise, shape, _REALS, latents)
     _check_coefficients(coefficients, t_index is not None, count)
     check_device("q_sample", latents=latents, coefficients=coefficients)
     check_rows("q_sample", "t_index", t_index, coefficients.shape[0])
@@ -191,13 +195,16 @@ def _check_coefficients(coefficients: Tensor, with_t_index: bool, count: int) ->
     check_finite("q_sample", "coefficients", coefficients)
 
 
-def _check_tensors(leader: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype, **tensors: Tensor | None) -> None:
-    """Those of ``tensors`` that are given have this shape, one of the dtypes, and the leader's device."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_shape("q_sample", name, tensor, shape)
-            check_dtype("q_sample", name, tensor, *dtypes)
-    check_device("q_sample", latents=leader, **tensors)
+def _check_tensor(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], latents: Tensor
+) -> None:
+    """Shape, dtype, and the device of the latents, if it is given."""
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != latents.device:
+        check_shape("q_sample", name, tensor, shape)
+        check_dtype("q_sample", name, tensor, *dtypes)
+        check_device("q_sample", latents=latents, **{name: tensor})
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -279,3 +279,16 @@ def test_wrong_arguments_say_what_is_allowed(wrong, message):
 def test_one_row_is_not_silently_shared_by_the_batch(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) if "ids" not in wrong else "ids"):
         q_sample(**{"latents": _latents("sample"), **_given(), **wrong})
+
+
+def test_a_table_that_was_finite_is_looked_at_again_when_it_changes():
+    latents, given = _latents("sample"), _given()
+    table = given["coefficients"].clone()
+    q_sample(latents, **(given | {"coefficients": table}))
+    table[3, 1] = math.inf
+    with pytest.raises(ValueError, match="coefficients: given .*inf.* in row 3, allowed finite numbers"):
+        q_sample(latents, **(given | {"coefficients": table}))
+    with torch.inference_mode():
+        table = torch.full_like(table, math.nan)
+        with pytest.raises(ValueError, match="in row 0, allowed finite numbers"):
+            q_sample(latents, **(given | {"coefficients": table}))
