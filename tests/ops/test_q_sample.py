@@ -286,7 +286,7 @@ def test_a_table_that_was_finite_is_looked_at_again_when_it_changes():
     table = given["coefficients"].clone()
     q_sample(latents, **(given | {"coefficients": table}))
     table[3, 1] = math.inf
-    with pytest.raises(ValueError, match="coefficients: given .*inf.* in row 3, allowed finite numbers"):
+    with pytest.raises(ValueError, match=r"coefficients: given .*inf.* in row 3, allowed finite numbers"):
         q_sample(latents, **(given | {"coefficients": table}))
     with torch.inference_mode():
         table = torch.full_like(table, math.nan)
