@@ -10,7 +10,6 @@ gives empty tensors of the right form: it is the fake of torch.compile, and allo
 of an op take the same flat arguments on every backend and return nothing; ``launch`` says which.
 """
 
-import contextlib
 import contextvars
 import dataclasses
 import importlib
@@ -101,7 +100,10 @@ class Op:
         if backend == "reference":
             return self.body(*inputs)
         outputs = self.outputs(*inputs)
-        with _current_device(backend, outputs[0]):
+        if backend == "triton" and outputs[0].is_cuda:  # it launches on the current device; csrc has a guard of its own
+            with torch.cuda.device(outputs[0].device):
+                self.launch(self._kernel(backend), tuple(inputs), outputs)
+        else:
             self.launch(self._kernel(backend), tuple(inputs), outputs)
         return outputs
 
@@ -114,13 +116,6 @@ class Op:
 def _everything(*args: Any) -> str | None:
     """The reason why a backend without limits cannot take these arguments: there is none."""
     return None
-
-
-def _current_device(backend: str, tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, wherever the tensors are; csrc has a guard of its own."""
-    if backend == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _device_type(args: tuple[Any, ...]) -> str:
@@ -139,11 +134,10 @@ def _dispatched(args: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack():
         return True
     with_grad = torch.is_grad_enabled()
-    return any(
-        (with_grad and arg.requires_grad) or type(arg) not in (Tensor, Parameter)
-        for arg in args
-        if isinstance(arg, Tensor)
-    )
+    for arg in args:
+        if isinstance(arg, Tensor) and (type(arg) not in (Tensor, Parameter) or (with_grad and arg.requires_grad)):
+            return True
+    return False
 
 
 def declare(

@@ -230,17 +230,12 @@ def _body(*flat: Any) -> Outputs:
 
 
 def _outputs(*flat: Any) -> Outputs:
-    how = dict(zip(_FLAT, flat, strict=True))
-    latents, index, patch = how["latents"], how["index"], how["patch"]
-    stored, height, width = latents.shape[1:]
-    shape = (
-        (latents if index is None else index).shape[0],
-        stored // (2 if KINDS[how["kind"]] in _POSTERIOR else 1),
-        height,
-        width,
-    )
+    latents, _, _, index, kind, *_, patch, dtype = flat
+    rows, stored, height, width = latents.shape
+    count = rows if index is None else index.shape[0]
+    shape = (count, stored // (2 if KINDS[kind] in _POSTERIOR else 1), height, width)
     target = torch.empty(shape, dtype=torch.float32, device=latents.device)
-    return torch.empty(patch_shape(shape, patch), dtype=how["dtype"], device=latents.device), target
+    return torch.empty(patch_shape(shape, patch), dtype=dtype, device=latents.device), target
 
 
 def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
