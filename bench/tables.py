@@ -1,13 +1,16 @@
 """Write the tables of README.md and docs/ from bench/results/: ``python bench/tables.py``, which ``make bench`` does.
 
 A table stands between ``<!-- table: GROUP -->`` and ``<!-- end -->``, for each machine that measured the group;
-``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART.
+``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART. ``<!-- table: models -->`` is that of the
+models' sizes, which are counted and not measured.
 """
 
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+from erd_fast.models import MODELS, create_model, model_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- table: (\S+)(?: (.+?))? -->\n)(?s:.*?)(<!-- end -->)")
@@ -30,6 +33,8 @@ def render(text: str, results: Results) -> str:
 
     def region(match: re.Match[str]) -> str:
         begin, group, part, end = match.groups()
+        if group == "models":
+            return begin + _models() + end
         wanted = re.compile(rf"{re.escape(part)}(?!\d)" if part else "")  # N=8 is not N=8192
         tables = [_table(path, content, group, wanted) for path, content in results.items()]
         return begin + ("\n".join(filter(None, tables)) or "Not measured.\n") + end
@@ -59,6 +64,22 @@ def _table(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]
         ]
         part_of_copy = f"{shown['gb_per_s'] / copy:.0%}" if copy else ""
         lines.append(_row([case, *times, *speeds, _short(shown["gb_per_s"]), part_of_copy]))
+    return "\n".join(lines) + "\n"
+
+
+def _models() -> str:
+    """Every named model on the images it was published for; ``tiny`` on digits."""
+    head = ["name", "images", "labels", "parameters", "GMAC"]
+    lines = [_row(head), _row(["---", "---", "--:", "--:", "--:"])]
+    for name in MODELS:
+        how: dict[str, Any] = {"input_size": 8, "in_channels": 1, "num_classes": 10} if "tiny" in name else {}
+        if name.endswith("/4") and name.startswith("U-ViT") and not how:
+            how = {"input_size": 64, "in_channels": 3}  # published for pixels
+        model = create_model(name, device="meta", **how)
+        images = f"{model.in_channels} × {model.input_size} × {model.input_size}"
+        labels = f"{model.num_classes:,}{' and null' * model.null_label}" if model.num_classes else "none"
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        lines.append(_row([f"`{name}`", images, labels, f"{parameters:,}", f"{model_flops(model) / 2e9:.4g}"]))
     return "\n".join(lines) + "\n"
 
 
