@@ -76,7 +76,7 @@ def _models() -> str:
         if name.endswith("/4") and name.startswith("U-ViT") and not how:
             how = {"input_size": 64, "in_channels": 3}  # published for pixels
         model = create_model(name, device="meta", **how)
-        images = f"{model.in_channels} × {model.input_size} × {model.input_size}"
+        images = f"{model.in_channels} x {model.input_size} x {model.input_size}"
         labels = f"{model.num_classes:,}{' and null' * model.null_label}" if model.num_classes else "none"
         parameters = sum(parameter.numel() for parameter in model.parameters())
         lines.append(_row([f"`{name}`", images, labels, f"{parameters:,}", f"{model_flops(model) / 2e9:.4g}"]))
