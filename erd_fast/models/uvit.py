@@ -35,6 +35,8 @@ class UViT(DiffusionModel):
         null_label: add a learned label ``num_classes`` for images without one (label dropout and guidance).
         mlp_time_embed: send the sinusoids of the time through a two-layer MLP. No published configuration does.
         conv: end with a 3 x 3 convolution of the image.
+        pos_std: standard deviation of the initial positions. The published 0.02 is small beside patches and time, and a
+            short run spends its first hundreds of steps on telling places apart.
         seed: key of the initial parameters.
 
     Raises:
@@ -54,6 +56,7 @@ class UViT(DiffusionModel):
         null_label: bool = True,
         mlp_time_embed: bool = False,
         conv: bool = True,
+        pos_std: float = 0.02,
         seed: int = 0,
     ):
         super().__init__()
@@ -90,7 +93,7 @@ class UViT(DiffusionModel):
         self.norm = nn.LayerNorm(hidden_size, eps=_NORM_EPS)
         self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
         self.final_layer = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
-        self._initialize(seed)
+        self._initialize(seed, pos_std)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C, H, W)."""
@@ -113,13 +116,13 @@ class UViT(DiffusionModel):
             tokens.insert(0, self.label_emb(y)[:, None])
         return torch.cat(tokens, dim=1) + self.pos_embed
 
-    def _initialize(self, seed: int) -> None:
+    def _initialize(self, seed: int, pos_std: float) -> None:
         """Normals of 0.02 for linear layers and positions, whose biases are zero. What the published code leaves to
         PyTorch begins as there: labels as standard normals, convolutions uniform up to 1 / sqrt(fan_in).
 
         The published code truncates its normals at the values -2 and 2, which are 100 deviations: nowhere.
         """
-        init_normal(self, "pos_embed", seed, std=0.02)
+        init_normal(self, "pos_embed", seed, std=pos_std)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 init_normal(self, f"{name}.weight", seed, std=0.02)
@@ -158,7 +161,7 @@ def _time_mlp(hidden_size: int) -> nn.Module:
 
 
 _WIDTHS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 192, "depth": 4, "num_heads": 3},
+    "tiny": {"hidden_size": 192, "depth": 4, "num_heads": 3, "pos_std": 0.5},
     "S": {"hidden_size": 512, "depth": 12, "num_heads": 8},
     "S-D": {"hidden_size": 512, "depth": 16, "num_heads": 8},
     "M": {"hidden_size": 768, "depth": 16, "num_heads": 12},

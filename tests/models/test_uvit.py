@@ -280,6 +280,16 @@ def test_initial_parameters_have_the_published_scales():
             assert abs(values.mean().item()) <= 5 * std / math.sqrt(values.numel()), name
 
 
+def test_positions_of_the_tiny_model_begin_large_enough_to_be_told_apart():
+    sizes = {name: SIZES[name].get("pos_std", 0.02) for name in SIZES}
+    assert {name for name, std in sizes.items() if std != 0.02} == {"U-ViT-tiny", "U-ViT-tiny/2", "U-ViT-tiny/4"}
+    narrow, wide = _small(seed=3), _small(seed=3, pos_std=0.5)
+    for name, value in wide.state_dict().items():
+        # One product of the same normals, by another factor.
+        factor = 25.0 if name == "pos_embed" else 1.0
+        assert torch.allclose(value, factor * narrow.state_dict()[name], rtol=4 * 2.0**-24, atol=0), name
+
+
 def test_initial_parameters_follow_seed_and_name_alone():
     torch.manual_seed(0)
     one = _small(seed=3)
