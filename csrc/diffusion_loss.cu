@@ -4,7 +4,8 @@ diffusion_loss on a GPU: weighted squared error, its parts and its gradient, in 
 One block an image: it reads prediction and target once, writes the gradient and the image's mean squared error, and
 takes a ticket. The block that draws the last ticket sums loss and bins over all images in a fixed order, so there is no
 float atomic, no second launch, and the same input gives the same bits. The tickets are counted in the four bytes of the
-loss, which are set to 0 before the launch: no memory outlives a call, so graphs may be captured and replayed in any order.
+loss, which are set to 0 before the launch: no memory outlives a call, so graphs may be captured and replayed in any
+order.
 
 A thread takes four neighbouring numbers of the prediction, then the four a block further on. Which thread adds what is
 settled by the shape of an image alone: neither the number of images, nor the image's place, nor whether its address
@@ -131,9 +132,9 @@ __device__ inline bool is_last(int32_t* ticket) {
     return last;
 }
 
-// Loss and bins of all images. A thread has AT_ONCE images in flight, since what counts is the latency of their loads; each
-// warp has BINS_OF_A_WARP bins and looks at all images. Errors of other blocks are read past the first-level cache (__ldcg),
-// which is not kept equal among them.
+// Loss and bins of all images. A thread has AT_ONCE images in flight, since what counts is the latency of their loads;
+// each warp has BINS_OF_A_WARP bins and looks at all images. Errors of other blocks are read past the first-level cache
+// (__ldcg), which is not kept equal among them.
 __device__ inline void store_sums(const DiffusionLossArguments& a) {
     __shared__ float error[AT_ONCE * MOST_THREADS];
     __shared__ int32_t bin_of[AT_ONCE * MOST_THREADS];

@@ -1,11 +1,11 @@
 /*
 q_sample on the CPU: stored latents to noisy input and target, in one pass over memory.
 
-An image is done in runs of whole rows of one channel, about a thousand elements, so that what is drawn and what is still
-to be narrowed stays in the first-level cache. One loop reads all inputs and writes both outputs; for a mirrored image it
-takes the noise turned round, and the rows of the outputs are turned after it. Noise is drawn four neighbouring elements a
-Philox call; the compiler makes vectors over the calls. For patch tokens x_t is collected as an image, and written token by
-token when that is whole.
+An image is done in runs of whole rows of one channel, about a thousand elements, so that what is drawn and what is
+still to be narrowed stays in the first-level cache. One loop reads all inputs and writes both outputs; for a mirrored
+image it takes the noise turned round, and the rows of the outputs are turned after it. Noise is drawn four neighbouring
+elements a Philox call; the compiler makes vectors over the calls. For patch tokens x_t is collected as an image, and
+written token by token when that is whole.
 */
 #include <algorithm>
 #include <vector>

@@ -243,8 +243,8 @@ static bool packs_fit(const QSampleArguments& a, const QSampleShape& g) {
     return fit && aligned(a.x_t, 16) && a.patch * a.width * a.channels * size % 16 == 0 && tile <= SHARED_BYTES;
 }
 
-// How many blocks share an image. One takes several tiles where the images alone fill the GPU, since what comes before the
-// first tile (rows and coefficients, one load after the other) is then paid for once.
+// How many blocks share an image. One takes several tiles where the images alone fill the GPU, since what comes before
+// the first tile (rows and coefficients, one load after the other) is then paid for once.
 static unsigned tiles(int64_t images, int64_t work, int64_t of_a_tile) {
     int64_t count = (work + of_a_tile - 1) / of_a_tile;
     int64_t enough = (BLOCKS_THAT_FILL + images - 1) / images;
