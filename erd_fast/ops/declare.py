@@ -74,7 +74,7 @@ class Op:
             return named
         on = _device_type(args)
         if on not in self._auto:
-            self._auto[on] = tuple(name for name in BACKENDS if on in _takes(name) and self.refusal(name) is None)
+            self._auto[on] = tuple(name for name in BACKENDS if _takes(name) in (on, "") and self.refusal(name) is None)
         return next(name for name in self._auto[on] if self.supports[name](*args) is None)
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
@@ -84,7 +84,7 @@ class Op:
         missing = absence(backend)
         if missing is not None or not args or backend == "reference":
             return missing
-        on, (wants, *_) = _device_type(args), _takes(backend)
+        on, wants = _device_type(args), _takes(backend)
         if on != wants:
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
         reason = self.supports[backend](*args)
@@ -122,11 +122,11 @@ def _device_type(args: tuple[Any, ...]) -> str:
     return next(arg for arg in args if isinstance(arg, Tensor)).device.type
 
 
-def _takes(backend: str) -> tuple[str, ...]:
-    """The types of device whose tensors a backend takes."""
+def _takes(backend: str) -> str:
+    """The type of device whose tensors a backend takes; "" is any."""
     if backend == "reference":
-        return "cuda", "cpu"
-    return ("cpu",) if backend == "cpu" or (backend == "triton" and interpreted()) else ("cuda",)
+        return ""
+    return "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
 
 
 def _dispatched(args: tuple[Any, ...]) -> bool:

@@ -81,6 +81,12 @@ def test_a_gpu_older_than_the_build_is_refused_with_what_to_do():
     assert backends.too_old((8, 0), ["90a"]) is not None
 
 
+def test_devices_that_no_kernel_is_for_take_the_reference():
+    x, rows = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, 4, device="meta")
+    assert q_sample(x, rows, noise=x).x_t.shape == x.shape
+    assert OPS["q_sample"].used == "reference"
+
+
 def test_ops_without_the_named_backend_stay_auto(monkeypatch):
     monkeypatch.setattr(OPS["draw"], "backends", ("cpu", "reference"))
     with use_backend("triton"):
