@@ -29,7 +29,8 @@ def collect() -> dict[str, Any]:
         "cache": str(cache_dir()),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ERD_FAST_")},
         "ops": {
-            name: {backend: _state(op, backend) for backend in ops.BACKENDS} for name, op in sorted(ops.OPS.items())
+            name: {backend: _state(op, backend) for backend in dict.fromkeys((*op.backends[:-1], *ops.BACKENDS))}
+            for name, op in sorted(ops.OPS.items())
         },
     }
 

@@ -1,7 +1,8 @@
 """Which backend an op runs on: what is available, what was asked for, and why not the others.
 
-``auto`` takes the first of cuda, triton, cpu, reference that is there and supports the call. A backend that was asked
-for by name, through ``ERD_FAST_BACKEND`` or :func:`use_backend`, runs or raises; only ``auto`` looks further.
+``auto`` takes the first of an op's backends (cuda, triton, cpu, reference, if it has no order of its own) that is there
+and supports the call. A backend that was asked for by name, through ``ERD_FAST_BACKEND`` or :func:`use_backend`, runs
+or raises; only ``auto`` looks further.
 """
 
 import contextlib
@@ -67,8 +68,9 @@ def _parsed(text: str, where: str) -> dict[str, str]:
         op, _, backend = part.rpartition("=")
         if op and op not in OPS:
             raise ConfigError(f"{where}: {unknown_name('op', op, OPS)}")
-        if backend not in (*BACKENDS, "auto"):
-            raise ConfigError(f"{where}: {unknown_name('backend', backend, (*BACKENDS, 'auto'))}")
+        allowed = dict.fromkeys((*BACKENDS, *(name for declared in OPS.values() for name in declared.backends), "auto"))
+        if backend not in allowed:
+            raise ConfigError(f"{where}: {unknown_name('backend', backend, allowed)}")
         choice[op] = backend
     return choice
 

@@ -1,20 +1,22 @@
-"""Declaring an op: its definition, its outputs, its backends; and running it on one of them.
+"""Declaring an op: its definition, its outputs, its backends, its gradient; and running it on one of the backends.
 
 ::
 
-    op = declare("q_sample", SCHEMA, body=_body, outputs=_outputs, backends=("cuda", "triton", "cpu"))
+    op = declare("q_sample", Pass(SCHEMA, body=_body, outputs=_outputs, launch=_launch), backends=("cuda", "triton"))
     x_t, target = op(latents, ...)
 
-makes ``torch.ops.erd_fast.q_sample_fwd``, whose flat arguments are the schema's and the backend's name. ``outputs``
-gives empty tensors of the right form: it is the fake of torch.compile, and allocates what a kernel fills. The kernels
-of an op take the same flat arguments on every backend and return nothing; ``launch`` says which.
+makes ``torch.ops.erd_fast.q_sample_fwd``, whose flat arguments are the schema's and the backend's name; an op with a
+backward pass has ``..._bwd`` too. ``outputs`` gives empty tensors of the right form: it is the fake of torch.compile,
+and allocates what a kernel fills. The kernels of a pass take the same flat arguments on every backend and return
+nothing; ``launch`` says which.
 """
 
 import contextvars
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from erd_fast.errors import BackendUnavailableError, ConfigError, unknown_name
+from erd_fast.ops import choices
 from erd_fast.ops.backends import BACKENDS, OPS, absence, asked_for, interpreted
+from erd_fast.ops.choices import form_of
 
 Outputs = tuple[Tensor, ...]
 Support = Callable[..., str | None]
@@ -36,32 +40,102 @@ class _ReachedError(Exception):
 
 
 @dataclasses.dataclass
+class Pass:
+    """The forward or the backward pass of an op.
+
+    Attributes:
+        schema: ``"(Tensor x, int k, ...) -> (Tensor, Tensor)"`` in torch.library's language; the last argument, the
+            backend's name, is added.
+        body: the pass in PyTorch, with the schema's arguments: backend ``reference``.
+        outputs: empty outputs for these arguments.
+        launch: ``launch(kernel, inputs, outputs)`` calls a backend's kernel.
+        supports: by backend, a function of the arguments that gives the reason why it cannot take them, or None.
+    """
+
+    schema: str
+    body: Callable[..., Outputs]
+    outputs: Callable[..., Outputs]
+    launch: Callable[[Callable[..., None], tuple[Any, ...], Outputs], None]
+    supports: dict[str, Support] = dataclasses.field(default_factory=dict)
+    direction: str = "forward"
+    registered: Any = None
+
+    def reason_against(self, backend: str, args: tuple[Any, ...]) -> str | None:
+        return self.supports[backend](*args) if backend in self.supports else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """How autograd goes through an op.
+
+    Attributes:
+        setup_context: ``(ctx, inputs, outputs)`` keeps what the backward pass needs.
+        backward: ``(ctx, *gradients of the outputs)`` gives one of each flat argument of the schema.
+    """
+
+    setup_context: Callable[[Any, tuple[Any, ...], Outputs], None]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A backend that is somebody else's: a differentiable function of the schema's arguments.
+
+    Attributes:
+        call: gives the outputs; those after the first may be missing.
+        absence: (reason, remedy) why it cannot run here at all, or None.
+        device: the type of device whose tensors it takes; "" is any.
+    """
+
+    call: Callable[..., Outputs]
+    absence: Callable[[], tuple[str, str] | None]
+    device: str = "cuda"
+
+
+@dataclasses.dataclass
 class Op:
     """One declared op; called with the schema's flat arguments, it runs on the backend that is due."""
 
     name: str
-    body: Callable[..., Outputs]
-    outputs: Callable[..., Outputs]
-    launch: Callable[[Callable[..., None], tuple[Any, ...], Outputs], None]
+    forward: Pass
+    backward: Pass | None
+    gradient: Gradient | None
     backends: tuple[str, ...]
-    supports: dict[str, Support]
-    registered: Any = None
+    libraries: dict[str, Library]
+    timed: bool
     used: str | None = None
     """The backend of the last call, for logs and benchmarks."""
     _auto: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """By type of device, the backends that are there."""
+    _dropped: set[tuple[str, str, str]] = dataclasses.field(default_factory=set)
+    """(direction, backend, form of the arguments) that failed."""
 
     def __call__(self, *args: Any) -> Outputs:
         if torch.compiler.is_compiling():  # there is nothing to choose yet: the op chooses when the graph runs
-            return self.registered(*args, "")
+            return self.forward.registered(*args, "")
         if _explaining.get():
             raise _ReachedError(self, args)
         backend = self.choose(*args)
+        if backend in self.libraries:
+            self._note(backend)
+            return self.libraries[backend].call(*args)
         # The dispatcher takes longer than a small batch's kernel, so a call in which it has no part goes without.
-        return self.registered(*args, backend) if _dispatched(args) else self.run(*args, backend)
+        if _dispatched(args):
+            return self.forward.registered(*args, backend)
+        if _with_gradient(args):
+            with_formula = self.gradient is not None
+            return _Eager.apply(self, *args, backend) if with_formula else self.forward.registered(*args, backend)
+        return self.run(self.forward, *args, backend)
+
+    def differentiate(self, *args: Any, backend: str) -> Outputs:
+        """The backward pass, on the backend of the forward pass ("" within torch.compile)."""
+        assert self.backward is not None
+        if torch.compiler.is_compiling() or _dispatched(args):
+            return self.backward.registered(*args, backend)
+        return self.run(self.backward, *args, backend)
 
     def choose(self, *args: Any) -> str:
-        """The backend for these arguments.
+        """The backend for these arguments of the forward pass.
 
         Raises:
             BackendUnavailableError: one was asked for by name and cannot run.
@@ -72,104 +146,189 @@ class Op:
             if refusal is not None:
                 raise BackendUnavailableError(self.name, named, *refusal)
             return named
+        if self.timed:
+            chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args)
+            if chosen is not None and self.refusal(chosen, *args) is None:  # stored elsewhere, it may be missing here
+                return chosen
+        return next(self.candidates(self.forward, args))
+
+    def candidates(self, direction: Pass, args: Sequence[Any]) -> Iterator[str]:
+        """Backends that can take a call, the one that is tried first first; the last is the reference."""
         on = _device_type(args)
         if on not in self._auto:
-            self._auto[on] = tuple(name for name in BACKENDS if _takes(name) in (on, "") and self.refusal(name) is None)
-        return next(name for name in self._auto[on] if self.supports[name](*args) is None)
+            self._auto[on] = tuple(n for n in self.backends if self._takes(n) in (on, "") and self.refusal(n) is None)
+        for name in self._auto[on]:
+            if direction.reason_against(name, tuple(args)) is None and not self._is_dropped(direction, name, args):
+                yield name
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
         """(reason, remedy) why ``backend`` cannot run this call, or without ``args`` any call; None if it can."""
         if backend not in self.backends:
             return f"{self.name} has no {backend} backend", f"take one of {', '.join(self.backends)}"
-        missing = absence(backend)
+        missing = self.libraries[backend].absence() if backend in self.libraries else absence(backend)
         if missing is not None or not args or backend == "reference":
             return missing
-        on, wants = _device_type(args), _takes(backend)
-        if on != wants:
+        on, wants = _device_type(args), self._takes(backend)
+        if wants not in (on, ""):
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
-        reason = self.supports[backend](*args)
+        reason = self.forward.reason_against(backend, args)
         return None if reason is None else (reason, "take another backend for this call")
 
-    def run(self, *args: Any) -> Outputs:
-        """The registered op: the schema's arguments and the backend's name ("" is still to be chosen)."""
+    def run(self, direction: Pass, *args: Any) -> Outputs:
+        """A pass, with the schema's arguments and the backend's name; "" is still to be chosen.
+
+        A backend that nobody asked for by name and that fails on arguments of this form is dropped for them, with a
+        warning, and the next one takes its place.
+        """
         *inputs, backend = args
-        backend = backend or self.choose(*inputs)
+        if not backend or self._is_dropped(direction, backend, inputs):
+            backend = self._own_choice(direction, inputs)
+        try:
+            return self._run_on(direction, backend, tuple(inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if backend in ("reference", asked_for(self.name, self.backends)):
+                raise
+            self._dropped.add((direction.direction, backend, form_of(inputs)))
+            warnings.warn(
+                f"{self.name}: backend {backend} failed in its {direction.direction} pass and is dropped for "
+                f"{form_of(inputs)}: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self.run(direction, *inputs, "")
+
+    def _own_choice(self, direction: Pass, inputs: Sequence[Any]) -> str:
+        """As :meth:`choose`, of backends that run in a registered op: no libraries."""
+        named = asked_for(self.name, self.backends)
+        if named is not None and named not in self.libraries:
+            return self.choose(*inputs) if direction is self.forward else named
+        return next(name for name in self.candidates(direction, inputs) if name not in self.libraries)
+
+    def _run_on(self, direction: Pass, backend: str, inputs: tuple[Any, ...]) -> Outputs:
+        self._note(backend)
+        if backend == "reference":
+            return direction.body(*inputs)
+        outputs = direction.outputs(*inputs)
+        if backend == "triton" and outputs[0].is_cuda:  # it launches on the current device; csrc has a guard of its own
+            with torch.cuda.device(outputs[0].device):
+                direction.launch(self._kernel(backend, direction), inputs, outputs)
+        else:
+            direction.launch(self._kernel(backend, direction), inputs, outputs)
+        return outputs
+
+    def _note(self, backend: str) -> None:
         if backend != self.used:
             self.used = backend
             _log.info("%s runs on %s", self.name, backend)
+
+    def _is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
+        return bool(self._dropped) and (direction.direction, backend, form_of(args)) in self._dropped
+
+    def _takes(self, backend: str) -> str:
+        """The type of device whose tensors a backend takes; "" is any."""
+        if backend in self.libraries:
+            return self.libraries[backend].device
         if backend == "reference":
-            return self.body(*inputs)
-        outputs = self.outputs(*inputs)
-        if backend == "triton" and outputs[0].is_cuda:  # it launches on the current device; csrc has a guard of its own
-            with torch.cuda.device(outputs[0].device):
-                self.launch(self._kernel(backend), tuple(inputs), outputs)
-        else:
-            self.launch(self._kernel(backend), tuple(inputs), outputs)
+            return ""
+        return "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
+
+    def _kernel(self, backend: str, direction: Pass) -> Callable[..., None]:
+        if backend == "triton":
+            return getattr(importlib.import_module(f"erd_fast.kernels.{self.name}"), direction.direction)
+        return getattr(torch.ops._erd_fast_C, f"{self.name}_{_SUFFIX[direction.direction]}")
+
+
+_SUFFIX = {"forward": "fwd", "backward": "bwd"}
+
+
+class _Eager(torch.autograd.Function):
+    """Autograd of an op without torch's dispatcher, which takes several times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, *args: Any) -> Outputs:
+        outputs = op.run(op.forward, *args)
+        assert op.gradient is not None
+        op.gradient.setup_context(ctx, args, outputs)
+        ctx.op = op
         return outputs
 
-    def _kernel(self, backend: str) -> Callable[..., None]:
-        if backend == "triton":
-            return importlib.import_module(f"erd_fast.kernels.{self.name}").forward
-        return getattr(torch.ops._erd_fast_C, f"{self.name}_fwd")
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_refusing_twice(ctx.op)(ctx, *gradients)
 
 
-def _everything(*args: Any) -> str | None:
-    """The reason why a backend without limits cannot take these arguments: there is none."""
-    return None
+def _refusing_twice(op: Op) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The op's formula with the backend's None, and an error where autograd would differentiate it once more: what the
+    forward pass saved would count as constant, and the second derivative be wrong silently."""
+    gradient, name = op.gradient, op.name
+    assert gradient is not None
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(f"{name}: it has no second derivative (create_graph); {name}_reference has every one")
+        return *gradient.backward(ctx, *gradients), None
+
+    return backward
 
 
-def _device_type(args: tuple[Any, ...]) -> str:
+def _device_type(args: Sequence[Any]) -> str:
     return next(arg for arg in args if isinstance(arg, Tensor)).device.type
 
 
-def _takes(backend: str) -> str:
-    """The type of device whose tensors a backend takes; "" is any."""
-    if backend == "reference":
-        return ""
-    return "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
-
-
 def _dispatched(args: tuple[Any, ...]) -> bool:
-    """Whether torch's dispatcher has a part in this call: autograd, a mode (fake tensors, tracing), a subclass."""
+    """Whether torch's dispatcher has a part in this call besides autograd: a mode (fake tensors, tracing), a
+    subclass."""
     if torch._C._len_torch_dispatch_stack():
         return True
-    with_grad = torch.is_grad_enabled()
-    for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in (Tensor, Parameter) or (with_grad and arg.requires_grad)):
-            return True
-    return False
+    return any(isinstance(arg, Tensor) and type(arg) not in (Tensor, Parameter) for arg in args)
+
+
+def _with_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def declare(
     name: str,
-    schema: str,
+    forward: Pass,
     *,
-    body: Callable[..., Outputs],
-    outputs: Callable[..., Outputs],
-    launch: Callable[[Callable[..., None], tuple[Any, ...], Outputs], None],
     backends: tuple[str, ...],
-    supports: dict[str, Support] | None = None,
+    backward: Pass | None = None,
+    gradient: Gradient | None = None,
+    libraries: dict[str, Library] | None = None,
+    timed: bool = False,
 ) -> Op:
-    """Register ``erd_fast::<name>_fwd`` and return the op that calls it.
+    """Register ``erd_fast::<name>_fwd``, with a backward pass ``..._bwd`` too, and return the op that calls them.
 
     Args:
-        schema: ``"(Tensor x, int k, ...) -> (Tensor, Tensor)"`` in torch.library's language; the last argument, the
-            backend's name, is added.
-        body: the op in PyTorch, with the schema's arguments: backend ``reference``.
-        outputs: empty outputs for these arguments.
-        launch: ``launch(kernel, inputs, outputs)`` calls a backend's kernel.
-        backends: compiled ones it has, of cuda, triton, cpu.
-        supports: by backend, a function of the arguments that gives the reason why it cannot take them, or None.
+        backends: compiled ones and libraries, in the order in which ``auto`` tries them; the reference comes last.
+        gradient: of an op that autograd goes through.
+        libraries: backends that are functions of other projects.
+        timed: which backend is the fastest depends on the form of the arguments: see :mod:`erd_fast.ops.choices`.
     """
     if name in OPS:
         raise ValueError(f"op {name} is declared twice")
-    supporting = dict.fromkeys(BACKENDS, _everything) | (supports or {})
-    op = Op(name, body, outputs, launch, (*backends, "reference"), supporting)
-    full = schema.replace(") ->", ", str backend) ->", 1)
-    op.registered = torch.library.custom_op(f"erd_fast::{name}_fwd", op.run, mutates_args=(), schema=full)
-    op.registered.register_fake(lambda *args: outputs(*args[:-1]))
+    op = Op(name, forward, backward, gradient, (*backends, "reference"), libraries or {}, timed)
+    _register(op, forward)
+    if backward is not None:
+        backward.direction = "backward"
+        _register(op, backward)
+    if gradient is not None:
+        forward.registered.register_autograd(_refusing_twice(op), setup_context=gradient.setup_context)
     OPS[name] = op
     return op
+
+
+def _register(op: Op, direction: Pass) -> None:
+    full = direction.schema.replace(") ->", ", str backend) ->", 1)
+
+    def run(*args: Any) -> Outputs:
+        return op.run(direction, *args)
+
+    called = f"erd_fast::{op.name}_{_SUFFIX[direction.direction]}"
+    direction.registered = torch.library.custom_op(called, run, mutates_args=(), schema=full)
+    direction.registered.register_fake(lambda *args: direction.outputs(*args[:-1]))
 
 
 def reference_needed(*tensors: Tensor | None) -> bool:
@@ -201,10 +360,16 @@ def explain(op: str, *args: Any, **how: Any) -> str:
             return f"{op} takes its differentiable reference: the call is within a transform, or needs a gradient"
         finally:
             _explaining.reset(token)
-    refusals = {backend: declared.refusal(backend, *flat) for backend in BACKENDS}
+    names = dict.fromkeys((*declared.backends[:-1], *BACKENDS))
+    refusals = {backend: declared.refusal(backend, *flat) for backend in names}
     named = asked_for(op, declared.backends)
-    chosen = named or next(backend for backend, refusal in refusals.items() if refusal is None)
-    lines = [f"{op} takes {chosen}, {'asked for by name' if named else 'the first that can run'}"]
+    if named:
+        chosen, why = named, "asked for by name"
+    elif declared.timed and flat and (stored := choices.chosen(op, form_of(flat))):
+        chosen, why = stored, "the fastest when they were timed"
+    else:
+        chosen, why = next(name for name, refusal in refusals.items() if refusal is None), "the first that can run"
+    lines = [f"{op} takes {chosen}, {why}"]
     for backend, refusal in refusals.items():
         lines.append(f"  {backend}: {'can run' if refusal is None else '; '.join(refusal)}")
     return "\n".join(lines)

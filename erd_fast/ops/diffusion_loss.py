@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
-from erd_fast.ops.declare import Outputs, declare, reference_needed
+from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
 from erd_fast.ops.layout import check_patch, patch_shape, to_images, to_patches
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -235,22 +235,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    # With create_graph the saved gradient would count as a constant: a wrong second derivative, and a silent one.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "diffusion_loss: it has no second derivative (create_graph); diffusion_loss_reference has every one"
-        )
     dprediction, loss_scale = ctx.saved_tensors
     factor = d_loss if loss_scale is None else d_loss / loss_scale
-    return ((dprediction.float() * factor).to(dprediction.dtype), *([None] * 9))
+    return ((dprediction.float() * factor).to(dprediction.dtype), *([None] * 8))
 
 
 _op = declare(
     "diffusion_loss",
-    _SCHEMA,
-    body=_body,
-    outputs=_outputs,
-    launch=_launch,
+    Pass(_SCHEMA, _body, _outputs, _launch),
+    gradient=Gradient(_setup_context, _backward),
     backends=("cuda", "triton", "cpu"),
 )
-_op.registered.register_autograd(_backward, setup_context=_setup_context)

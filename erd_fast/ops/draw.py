@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.arguments import check_device, check_rows
-from erd_fast.ops.declare import Outputs, declare
+from erd_fast.ops.declare import Outputs, Pass, declare
 from erd_fast.random import (
     Purpose,
     Stream,
@@ -175,4 +175,4 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     kernel(counter, seed, *rest, *outputs)
 
 
-_op = declare("draw", _SCHEMA, body=_body, outputs=_outputs, launch=_launch, backends=("cuda", "triton", "cpu"))
+_op = declare("draw", Pass(_SCHEMA, _body, _outputs, _launch), backends=("cuda", "triton", "cpu"))

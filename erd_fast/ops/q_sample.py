@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
-from erd_fast.ops.declare import Outputs, declare, reference_needed
+from erd_fast.ops.declare import Outputs, Pass, declare, reference_needed
 from erd_fast.ops.layout import check_patch, patch_shape, to_patches
 from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 
@@ -242,4 +242,4 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     kernel(*inputs[:-1], *outputs)
 
 
-_op = declare("q_sample", _SCHEMA, body=_body, outputs=_outputs, launch=_launch, backends=("cuda", "triton", "cpu"))
+_op = declare("q_sample", Pass(_SCHEMA, _body, _outputs, _launch), backends=("cuda", "triton", "cpu"))

@@ -34,8 +34,8 @@ def both(backend: str, call: Any, *args: Any, **how: Any) -> tuple[tuple[Tensor,
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output that a kernel does not write is NaN, or a number that stands out."""
-    for op in OPS.values():
-        make = op.outputs
+    for direction in (one for op in OPS.values() for one in (op.forward, op.backward) if one is not None):
+        make = direction.outputs
 
         def filled(*args: Any, make: Any = make) -> tuple[Tensor, ...]:
             outputs = make(*args)
@@ -45,7 +45,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
                 )
             return outputs
 
-        monkeypatch.setattr(op, "outputs", filled)
+        monkeypatch.setattr(direction, "outputs", filled)
 
 
 TABLE = torch.tensor([0, 1 << 20, 1 << 31, (1 << 31) + 5, 1 << 32])
