@@ -4,12 +4,13 @@
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make bench   measure the ops on this machine: bench/results/<machine>/ops.json, then the tables of the documents
-# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests or PART=ops is one
+# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops or
+#              attention is one
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test lint fixtures bench gpu gpu-install gpu-tests gpu-ops wheel wheel-check clean
+.PHONY: setup dev train test lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
@@ -59,7 +60,7 @@ gpu-install:
 	    { echo "make gpu: $(PYTHON) has no torch that sees a CUDA device"; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
-gpu-tests gpu-ops: gpu-%: gpu-install
+gpu-tests gpu-ops gpu-attention: gpu-%: gpu-install
 	$(PYTHON) bench/run.py $*
 
 wheel: dev

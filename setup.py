@@ -29,8 +29,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ("bindings.cpp", "draw.cpp", "q_sample.cpp", "diffusion_loss.cpp", "cpu_twin.cpp")
-CUDA_SOURCES = ("draw.cu", "q_sample.cu", "diffusion_loss.cu")
-HEADERS = ("cpu_twin.h", "diffusion_math.h", "kernel.cuh", "launchers.h", "philox.h")
+CUDA_SOURCES = ("draw.cu", "q_sample.cu", "diffusion_loss.cu", "linear_gelu.cu")
+HEADERS = ("cublaslt.h", "cpu_twin.h", "diffusion_math.h", "kernel.cuh", "launchers.h", "philox.h")
 LIBRARY, RECORD = "_C.abi3.so", "_build.json"
 DEFAULT_ARCHS = ("80", "90", "100")
 

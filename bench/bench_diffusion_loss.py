@@ -5,6 +5,6 @@ import pytest
 from erd_fast.benchmark.timing import clock
 
 
-@pytest.mark.benchmark(group="diffusion_loss/fwd", timer=clock)
-def test_diffusion_loss(timed, variant, size):
-    timed("diffusion_loss", variant, size)
+@pytest.mark.benchmark(timer=clock)
+def test_diffusion_loss(timed, case, variant):
+    timed(case, variant)

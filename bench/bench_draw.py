@@ -5,6 +5,6 @@ import pytest
 from erd_fast.benchmark.timing import clock
 
 
-@pytest.mark.benchmark(group="draw/fwd", timer=clock)
-def test_draw(timed, variant, size):
-    timed("draw", variant, size)
+@pytest.mark.benchmark(timer=clock)
+def test_draw(timed, case, variant):
+    timed(case, variant)

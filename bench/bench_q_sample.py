@@ -5,6 +5,6 @@ import pytest
 from erd_fast.benchmark.timing import clock
 
 
-@pytest.mark.benchmark(group="q_sample/fwd", timer=clock)
-def test_q_sample(timed, variant, size, mode):
-    timed("q_sample", variant, size, mode)
+@pytest.mark.benchmark(timer=clock)
+def test_q_sample(timed, case, variant):
+    timed(case, variant)

@@ -8,24 +8,33 @@ import importlib.util
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from erd_fast.benchmark.ops import bench_ops
-from erd_fast.benchmark.records import machine, machine_name, table, write_records
+from erd_fast.benchmark.records import Record, machine, machine_name, table, write_records
 from erd_fast.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("tests/ops", "tests/csrc", "tests/kernels")  # what has a GPU's code to run, emulate or compile
+GPU_SECONDS = 400.0  # after which `make gpu PART=ops` begins no further case; the longest one takes a minute or two
 COUNTED = ("passed", "failed", "skipped")
 
 
 def ops(file: Path) -> int:
     """`erd-fast bench ops`."""
-    records = list(bench_ops())
-    write_records(file, records)
+    return _measured(file, bench_ops(limit=GPU_SECONDS if torch.cuda.is_available() else None))
+
+
+def _measured(file: Path, measuring: Iterable[Record]) -> int:
+    """Written as they come: what is stopped half-way keeps what it has."""
+    facts, records = machine(), []
+    for record in measuring:
+        records.append(record)
+        write_records(file, records, facts)
     print(table(records))
     return 0
 

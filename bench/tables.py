@@ -7,6 +7,7 @@ models' sizes, which are counted and not measured.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- table: (\S+)(?: (.+?))? -->\n)(?s:.*?)(<!-- end -->)")
 
 Results = dict[str, dict[str, Any]]
+RATES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "GB/s": ("gb_per_s", lambda rate: _short(rate)),
+    "of copy": ("gb_per_s", "{:.0%}".format),
+    "images/s": ("images_per_sec", lambda rate: _short(rate)),
+    "TFLOP/s": ("tflops", lambda rate: _short(rate)),
+    "MFU": ("mfu", "{:.1%}".format),
+    "GiB": ("peak_bytes", lambda count: f"{count / 2**30:.3g}"),
+    "GiB eager": ("peak_bytes", lambda count: f"{count / 2**30:.3g}"),
+}
+"""Columns beside the times: which number of a record, ours if there is one, and how it is written."""
 
 
 def documents() -> list[Path]:
@@ -51,9 +62,10 @@ def _table(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]
     for record in records:
         rows.setdefault(record["case"], {})[f"{record['variant']} {record['backend']}".strip()] = record
     columns = sorted(dict.fromkeys(name for row in rows.values() for name in row), key=_is_ours)  # baselines first
-    copy = next((r["gb_per_s"] for r in content["records"] if r["group"] == "machine"), None)
+    copy = next((r["gb_per_s"] for r in content["records"] if r["group"] == "machine" and "gb_per_s" in r), None)
     baselines = [name for name in columns if not _is_ours(name) and _is_ours(columns[-1])]
-    head = ["case", *columns, *(f"x {name}" for name in baselines), "GB/s", "of copy"]
+    rates = [name for name, (key, _) in RATES.items() if any(key in record for record in records)]
+    head = ["case", *columns, *(f"x {name}" for name in baselines), *rates]
     lines = [_caption(path, content["machine"]), "", _row(head), _row(["---", *["--:"] * (len(head) - 1)])]
     for case, row in rows.items():
         ours = next((record for name, record in row.items() if _is_ours(name)), None)
@@ -62,9 +74,18 @@ def _table(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]
         speeds = [
             f"{row[name]['median_s'] / ours['median_s']:.2f}" if ours and name in row else "" for name in baselines
         ]
-        part_of_copy = f"{shown['gb_per_s'] / copy:.0%}" if copy else ""
-        lines.append(_row([case, *times, *speeds, _short(shown["gb_per_s"]), part_of_copy]))
+        lines.append(_row([case, *times, *speeds, *(_rate(name, shown, row.get("eager"), copy) for name in rates)]))
     return "\n".join(lines) + "\n"
+
+
+def _rate(name: str, record: dict[str, Any], eager: dict[str, Any] | None, copy: float | None) -> str:
+    """A cell of a column of RATES; empty where the record has no such number."""
+    key, write = RATES[name]
+    of = eager if name.endswith(" eager") else record
+    value = None if of is None else of.get(key)
+    if name == "of copy":
+        value = None if value is None or not copy else value / copy
+    return "" if value is None else write(value)
 
 
 def _models() -> str:

@@ -323,6 +323,92 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
     diffusion_loss_sum_cpu(a);
 }
 
+#ifdef ERD_FAST_CUDA
+// As launch, with memory for the kernels alone: torch may give it to others once they are enqueued.
+template <typename Arguments>
+void launch_in(const Call& call, int64_t (*bytes)(const Arguments&),
+               void (*launcher)(const Arguments&, cudaStream_t), Arguments& arguments, const Tensor& neighbour) {
+    torch::stable::accelerator::DeviceGuard guard(call.device);
+    int64_t size = bytes(arguments) + WORKSPACE_ALIGNMENT;
+    Tensor workspace = torch::stable::new_empty(neighbour, {size}, ScalarType::Byte);
+    auto start = (uintptr_t)workspace.mutable_data_ptr();
+    arguments.workspace = (void*)((start + WORKSPACE_ALIGNMENT - 1) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT);
+    launch(call, launcher, arguments);
+}
+
+// A matrix that cuBLASLt's epilogues can take.
+void check_matrix(const Call& call, const char* argument, const Tensor& tensor, Shape shape, ScalarType dtype) {
+    call.check_dtype(argument, tensor, dtype);
+    call.check(argument, tensor, shape);
+    int64_t columns = shape.end()[-1];
+    STD_TORCH_CHECK(columns > 0 && columns % 8 == 0, call.op, ": ", argument, ": given shape ", listed(shape),
+                    ", allowed rows of a multiple of 8 numbers");
+    STD_TORCH_CHECK((uintptr_t)tensor.const_data_ptr() % 16 == 0, call.op, ": ", argument,
+                    ": given memory that does not begin at a multiple of 16 bytes");
+}
+
+void check_linear_gelu(const Call& call, const Tensor& pre, const std::string& approximate) {
+    STD_TORCH_CHECK(approximate == "tanh", "linear_gelu: approximate: given ", approximate, ", allowed tanh");
+    STD_TORCH_CHECK(pre.dim() == 2, "linear_gelu: pre: given shape ", listed(pre.sizes()), ", allowed (M, H)");
+    call.check_range("rows of pre", pre.size(0), 1, (int64_t(1) << 31) - 1);
+}
+
+void linear_gelu_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, std::string approximate,
+                     const Tensor& activation, const Tensor& pre) {
+    Call call("linear_gelu", pre);
+    check_linear_gelu(call, pre, approximate);
+    STD_TORCH_CHECK(x.dim() == 2, "linear_gelu: x: given shape ", listed(x.sizes()), ", allowed (M, K)");
+    LinearGeluArguments a{};
+    a.dtype = call.float_dtype("pre", pre);
+    a.rows = pre.size(0);
+    a.inputs = x.size(1);
+    a.hidden = pre.size(1);
+    a.device = call.device;
+    ScalarType dtype = pre.scalar_type();
+    check_matrix(call, "x", x, {a.rows, a.inputs}, dtype);
+    check_matrix(call, "weight", weight, {a.hidden, a.inputs}, dtype);
+    check_matrix(call, "bias", bias, {a.hidden}, dtype);
+    check_matrix(call, "activation", activation, {a.rows, a.hidden}, dtype);
+    check_matrix(call, "pre", pre, {a.rows, a.hidden}, dtype);
+    a.x = x.const_data_ptr();
+    a.weight = weight.const_data_ptr();
+    a.bias = bias.const_data_ptr();
+    a.activation = activation.mutable_data_ptr();
+    a.pre = pre.mutable_data_ptr();
+    launch_in(call, linear_gelu_fwd_workspace, launch_linear_gelu_fwd, a, pre);
+}
+
+void linear_gelu_bwd(const Tensor& dy, const OptionalTensor& next_weight, const Tensor& pre, std::string approximate,
+                     const Tensor& dpre, const Tensor& dbias, const OptionalTensor& activation) {
+    Call call("linear_gelu", pre);
+    check_linear_gelu(call, pre, approximate);
+    STD_TORCH_CHECK(dy.dim() == 2, "linear_gelu: dy: given shape ", listed(dy.sizes()), ", allowed (M, D) or (M, H)");
+    LinearGeluBackwardArguments a{};
+    a.dtype = call.float_dtype("pre", pre);
+    a.rows = pre.size(0);
+    a.outputs = dy.size(1);
+    a.hidden = pre.size(1);
+    a.device = call.device;
+    ScalarType dtype = pre.scalar_type();
+    check_matrix(call, "dy", dy, {a.rows, next_weight ? a.outputs : a.hidden}, dtype);
+    if (next_weight) {
+        check_matrix(call, "next_weight", *next_weight, {a.outputs, a.hidden}, dtype);
+        a.next_weight = next_weight->const_data_ptr();
+    }
+    check_matrix(call, "pre", pre, {a.rows, a.hidden}, dtype);
+    check_matrix(call, "dpre", dpre, {a.rows, a.hidden}, dtype);
+    if (activation) {
+        check_matrix(call, "activation", *activation, {a.rows, a.hidden}, dtype);
+        a.activation = activation->mutable_data_ptr();
+    }
+    a.dy = dy.const_data_ptr();
+    a.pre = pre.const_data_ptr();
+    a.dpre = dpre.mutable_data_ptr();
+    a.dbias = call.out<float>("dbias", dbias, ScalarType::Float, {a.hidden});
+    launch_in(call, linear_gelu_bwd_workspace, launch_linear_gelu_bwd, a, pre);
+}
+#endif
+
 // ----------------------------------------------------------------------------
 // what this build and this machine have
 
@@ -362,6 +448,12 @@ STABLE_TORCH_LIBRARY(_erd_fast_C, m) {
         "diffusion_loss_fwd(Tensor prediction, Tensor target, Tensor weight, Tensor? t_index, int batch_size, "
         "Tensor? loss_scale, int patch, Tensor(a!) loss, Tensor(b!) per_sample, Tensor(c!) bin_sum, "
         "Tensor(d!) bin_count, Tensor(e!)? dprediction) -> ()");
+    m.def(
+        "linear_gelu_fwd(Tensor x, Tensor weight, Tensor bias, str approximate, Tensor(a!) activation, "
+        "Tensor(b!) pre) -> ()");
+    m.def(
+        "linear_gelu_bwd(Tensor dy, Tensor? next_weight, Tensor pre, str approximate, Tensor(a!) dpre, "
+        "Tensor(b!) dbias, Tensor(c!)? activation) -> ()");
     m.def("cpu_level(int level=-1) -> int");
     m.def("has_cuda() -> bool");
     m.def("has_cuda_stream() -> bool");
@@ -384,6 +476,8 @@ STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CUDA, m) {
     m.impl("draw_fwd", TORCH_BOX(&erd_fast::draw_fwd));
     m.impl("q_sample_fwd", TORCH_BOX(&erd_fast::q_sample_fwd));
     m.impl("diffusion_loss_fwd", TORCH_BOX(&erd_fast::diffusion_loss_fwd));
+    m.impl("linear_gelu_fwd", TORCH_BOX(&erd_fast::linear_gelu_fwd));
+    m.impl("linear_gelu_bwd", TORCH_BOX(&erd_fast::linear_gelu_bwd));
 }
 #endif
 

@@ -89,6 +89,31 @@ void diffusion_loss_fwd_cpu(const DiffusionLossArguments& a, int64_t first, int6
 void diffusion_loss_sum_cpu(const DiffusionLossArguments& a);
 
 // ----------------------------------------------------------------------------
+// linear_gelu: z = x W^T + b and GELU(z), tanh form; on a GPU alone
+
+struct LinearGeluArguments {
+    const void *x, *weight, *bias;  // (rows, inputs), (hidden, inputs), (hidden,)
+    void *activation, *pre;         // (rows, hidden) out, pre is z
+    Dtype dtype;                    // of all of them
+    int64_t rows, inputs, hidden;
+    int device;
+    void* workspace;
+};
+
+struct LinearGeluBackwardArguments {
+    const void* dy;           // (rows, outputs), or without next_weight (rows, hidden): the activation's gradient
+    const void* next_weight;  // (outputs, hidden) or null
+    const void* pre;          // (rows, hidden)
+    void* dpre;               // (rows, hidden) out; without next_weight it may be dy
+    float* dbias;             // (hidden,) out
+    void* activation;         // (rows, hidden) out, or null
+    Dtype dtype;              // of all but dbias
+    int64_t rows, outputs, hidden;
+    int device;
+    void* workspace;
+};
+
+// ----------------------------------------------------------------------------
 // instruction sets of the CPU twins; results are the same bits on each
 
 enum CpuLevel : int { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
@@ -100,6 +125,14 @@ bool set_cpu_level(int level);  // false, and nothing changes, if this machine l
 void launch_draw_fwd(const DrawArguments& a, cudaStream_t stream);
 void launch_q_sample_fwd(const QSampleArguments& a, cudaStream_t stream);
 void launch_diffusion_loss_fwd(const DiffusionLossArguments& a, cudaStream_t stream);
+
+// hidden, inputs and outputs are multiples of 8, and matrices begin at multiples of 16 bytes. The workspace has as many
+// bytes as are asked for and begins at a multiple of WORKSPACE_ALIGNMENT; asking throws too, if cuBLASLt cannot do it.
+constexpr int64_t WORKSPACE_ALIGNMENT = 256;
+int64_t linear_gelu_fwd_workspace(const LinearGeluArguments& a);
+int64_t linear_gelu_bwd_workspace(const LinearGeluBackwardArguments& a);
+void launch_linear_gelu_fwd(const LinearGeluArguments& a, cudaStream_t stream);
+void launch_linear_gelu_bwd(const LinearGeluBackwardArguments& a, cudaStream_t stream);
 #endif
 
 }  // namespace erd_fast

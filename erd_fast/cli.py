@@ -178,14 +178,14 @@ class Lab:
 class Bench:
     """Measure throughput beside eager PyTorch and torch.compile.
 
-    ops: each op on each backend that is here, and all three as a step calls them, on 8 to 8192 latents of 4 x 32 x 32.
-    A backend is checked before it is timed; all variants of a case are timed in turn (2 CPU cores: 3 to 5 minutes).
+    ops: each op on each backend that is here, the ops of a step together, blocks and whole models. A backend is checked
+    before it is timed; all variants of a case are timed in turn (2 CPU cores: 6 to 8 minutes).
     """
 
     what: tyro.conf.Positional[Literal["ops"]]
     """What to measure."""
     filter: str = ""
-    """Only cases whose name contains this: q_sample, N=64, "q_sample drawn"."""
+    """Only cases whose name contains this: N=64, "q_sample drawn", model/DiT-S/2; without it the usual ones."""
     json: Path | None = None
     """File for the results with the machine they were measured on."""
     seconds: float = 0.3

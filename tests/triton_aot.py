@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from erd_fast.kernels import diffusion_loss, draw, q_sample
+from erd_fast.kernels import ada_layer_norm, diffusion_loss, draw, linear_gelu, q_sample, residual_ada_layer_norm
 
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -132,6 +132,68 @@ def _diffusion_loss(
     )
 
 
+def _linear_gelu(
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = 4608,
+    approximate: str = "tanh",
+    backward: bool = False,
+    again: bool = False,
+    rows: int = 65536,
+) -> None:
+    inputs = width // 4 or 1
+    wide = empty(rows, width, dtype=dtype)
+    if not backward:
+        weight, bias = empty(width, inputs, dtype=dtype), empty(width, dtype=dtype)
+        return linear_gelu.forward(empty(rows, inputs, dtype=dtype), weight, bias, approximate, wide, wide)
+    dy, next_weight = empty(rows, inputs, dtype=dtype), empty(inputs, width, dtype=dtype)
+    linear_gelu.backward(dy, next_weight, wide, approximate, wide, empty(width), wide if again else None)
+
+
+def _vectors(count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Chunks of one projection for 28 blocks."""
+    return list(empty(256, 28 * 6 * width, dtype=dtype)[:, : count * width].chunk(count, dim=1))
+
+
+def _ada_layer_norm(width: int, dtype: torch.dtype = torch.float32, affine: bool = False) -> None:
+    x, y = empty(256, 256, width, dtype=dtype), empty(256, 256, width, dtype=torch.bfloat16)
+    shift, scale = [empty(width).expand(256, width)] * 2 if affine else _vectors(2, width)
+    mean, rstd, sums = empty(256, 256), empty(256, 256), empty(256, width)
+    ada_layer_norm.forward(x, shift, scale, 1.0, 1e-6, y, mean, rstd)
+    ada_layer_norm.backward(y, x, scale, 1.0, mean, rstd, x, sums, sums)
+
+
+def _residual_ada_layer_norm(
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    inner: torch.dtype = torch.bfloat16,
+    gated: bool = True,
+    keep: bool = True,
+    tokens: int = 256,
+) -> None:
+    x, branch = empty(256, tokens, width, dtype=dtype), empty(256, tokens, width, dtype=inner)
+    gate, shift, scale = _vectors(3, width, inner)
+    mean, rstd, gated_by = empty(256, tokens), empty(256, tokens), gate if gated else None
+    outputs = (x if keep else None, branch, mean, rstd)
+    residual_ada_layer_norm.forward(x, branch, gated_by, shift, scale, 1.0, 1e-6, *outputs)
+
+
+def _residual_backward(
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    inner: torch.dtype = torch.bfloat16,
+    gated: bool = True,
+    before: bool = False,
+    dx_out: bool = True,
+    tokens: int = 256,
+) -> None:
+    x, branch = empty(256, tokens, width, dtype=dtype), empty(256, tokens, width, dtype=inner)
+    gate, before_gate, scale = _vectors(3, width, inner)
+    mean, rstd, sums = empty(256, tokens), empty(256, tokens), empty(256, width)
+    source = (branch if before else None, before_gate if before and gated else None)
+    inputs = (x if dx_out else None, branch, x, branch, gate if gated else None, *source, scale, 1.0, mean, rstd)
+    residual_ada_layer_norm.backward(*inputs, x, branch, sums if gated else None, sums, sums)
+
+
 # What training launches at real sizes, each branch of a kernel at least once, and the odd sizes.
 CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "draw": lambda: _draw(),
@@ -153,6 +215,36 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "diffusion_loss image fp32 no gradient": lambda: _diffusion_loss(torch.float32, patch=0, gradient=False),
     "diffusion_loss 3x5x7 bins 100": lambda: _diffusion_loss(size=(3, 5, 7), patch=0, predicted=3, bins=100),
     "diffusion_loss 1x8x8": lambda: _diffusion_loss(size=(1, 8, 8), predicted=1),
+    "ada_layer_norm 1152": lambda: _ada_layer_norm(1152),
+    "ada_layer_norm bf16 affine 72": lambda: _ada_layer_norm(72, torch.bfloat16, affine=True),
+    "residual_ada_layer_norm 384": lambda: _residual_ada_layer_norm(384),
+    "residual_ada_layer_norm bf16 512 no gate": lambda: _residual_ada_layer_norm(512, torch.bfloat16, gated=False),
+    "residual_ada_layer_norm 768": lambda: _residual_ada_layer_norm(768),
+    "residual_ada_layer_norm bf16 1024": lambda: _residual_ada_layer_norm(1024, torch.bfloat16),
+    "residual_ada_layer_norm 1152": lambda: _residual_ada_layer_norm(1152),
+    "residual_ada_layer_norm 1152 y alone": lambda: _residual_ada_layer_norm(1152, keep=False),
+    "residual_ada_layer_norm bf16 1152": lambda: _residual_ada_layer_norm(1152, torch.bfloat16),
+    "residual_ada_layer_norm fp16 100": lambda: _residual_ada_layer_norm(100, torch.float16, torch.float16, tokens=258),
+    "residual_ada_layer_norm backward 384 before": lambda: _residual_backward(384, before=True),
+    "residual_ada_layer_norm backward bf16 512 no gate": lambda: _residual_backward(512, torch.bfloat16, gated=False),
+    "residual_ada_layer_norm backward 768 y alone": lambda: _residual_backward(768, dx_out=False),
+    "residual_ada_layer_norm backward bf16 1024": lambda: _residual_backward(1024, torch.bfloat16),
+    "residual_ada_layer_norm backward 1152": lambda: _residual_backward(1152),
+    "residual_ada_layer_norm backward 1152 before": lambda: _residual_backward(1152, before=True),
+    "residual_ada_layer_norm backward bf16 1152 before": lambda: _residual_backward(1152, torch.bfloat16, before=True),
+    "residual_ada_layer_norm backward fp16 100": lambda: _residual_backward(100, torch.float16, torch.float16),
+    "residual_ada_layer_norm backward fp32 4096 before": lambda: _residual_backward(
+        4096, inner=torch.float32, before=True, tokens=258
+    ),
+    "linear_gelu": lambda: _linear_gelu(),
+    "linear_gelu erf fp16 1153 wide": lambda: _linear_gelu(torch.float16, 1153, "none"),
+    "linear_gelu fp32 1536 wide": lambda: _linear_gelu(torch.float32, 1536, rows=255),
+    "linear_gelu backward": lambda: _linear_gelu(backward=True),
+    "linear_gelu backward again": lambda: _linear_gelu(backward=True, again=True),
+    "linear_gelu backward erf again": lambda: _linear_gelu(torch.float16, 3072, "none", backward=True, again=True),
+    "linear_gelu backward erf fp32 again": lambda: _linear_gelu(torch.float32, 1536, "none", True, True, 255),
+    "linear_gelu backward 1153 wide again": lambda: _linear_gelu(width=1153, backward=True, again=True),
+    "linear_gelu backward 24 wide": lambda: _linear_gelu(width=24, backward=True),
 }
 
 

@@ -1,10 +1,11 @@
-"""Ops and what people write in their place, on the same inputs: the cases of `erd-fast bench ops`, bench/ and tests.
+"""Ops on latents and what people write in their place, on the same inputs.
 
 On a GPU x_t and prediction are bfloat16, and ours are patch tokens, as a transformer takes and gives them. Baselines
 keep images: to go to tokens and back would cost them a copy each.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.benchmark.timing import copies_past_cache
+from erd_fast.benchmark.workload import Tensors, Workload, Wrap, elementwise
 from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.ops import diffusion_loss, draw, q_sample
 from erd_fast.ops.layout import to_patches
@@ -27,9 +29,8 @@ _TIMESTEPS = 1000
 _LABEL_DROP = 0.1
 _IMAGENET = 1_281_167
 _STORED = 16_384  # rows of the step's data set: 256 MiB
-
-Tensors = tuple[Tensor, ...]
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_NORMALS = 2e-6  # by which drawn normals may differ between backends
+_REFERENCE_SIZE = 1024  # the definition takes ten seconds a call on a CPU beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class OpCase:
     mode: str
     size: int
     called: bool = False
-    """On a GPU: timed as called from Python, launches and all; otherwise its kernels alone."""
+    usual: bool = True
+    multiplies: bool = False
 
     @property
     def group(self) -> str:
@@ -54,24 +56,18 @@ class OpCase:
     def ops(self) -> tuple[str, ...]:
         return ("draw", "q_sample", "diffusion_loss") if self.op == "step" else (self.op,)
 
-    def build(self, device: torch.device) -> "Workload":
-        """Make the inputs."""
+    def baselines(self, device: torch.device) -> tuple[str, ...]:
+        return ("eager", "compile", *(["compile-graphs"] if self.called else []))
+
+    def backends(self, device: torch.device) -> tuple[str, ...]:
+        if device.type == "cpu":
+            return ("cpu", "reference") if self.size <= _REFERENCE_SIZE else ("cpu",)
+        # Its order bijection asks the device whether to go on, which a CUDA graph cannot.
+        return ("cuda", "triton", "reference") if self.called else ("cuda", "triton")
+
+    def build(self, device: torch.device) -> Workload:
         builders = {"draw": _draw, "q_sample": _q_sample, "diffusion_loss": _diffusion_loss, "step": _step}
         return builders[self.op](self, device)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A case's inputs and what runs on them. Calls take the number of an input copy and return tensors."""
-
-    copies: int
-    bytes_moved: int
-    """Bytes that the op must read and write."""
-    ours: Callable[[int], Tensors]
-    baseline: Callable[[Wrap], Callable[[int], Tensors]]
-    """What people write; each part that they would compile goes through the argument: nothing, or torch.compile."""
-    as_ours: Callable[[Tensors], Tensors] | None = None
-    """Puts the baseline's results into the layout of ours; None where the baseline draws numbers of its own."""
 
 
 def op_cases(device: torch.device) -> list[OpCase]:
@@ -85,6 +81,15 @@ def op_cases(device: torch.device) -> list[OpCase]:
 def _layout(device: torch.device) -> tuple[torch.dtype, int]:
     """dtype of x_t and prediction, and patch size of ours."""
     return (torch.bfloat16, 2) if device.type == "cuda" else (torch.float32, 0)
+
+
+def _compare(case: OpCase, *, drawn: bool) -> Callable[..., Any]:
+    """A mean runs over all elements; two drawn normals may differ, with factors of at most 1."""
+
+    def terms(value: Tensor) -> int:
+        return 1 if value.dim() else case.size * ELEMENTS
+
+    return functools.partial(elementwise, terms=terms, relative=lambda ours: drawn * 2 * _NORMALS)
 
 
 def _process(device: torch.device) -> DiffusionProcess:
@@ -109,7 +114,8 @@ def _draw(case: OpCase, device: torch.device) -> Workload:
         drawn = wrap(chain)
         return lambda copy: drawn()
 
-    return Workload(copies, bytes_moved, ours, baseline)
+    compare = _compare(case, drawn=True)
+    return Workload(copies, ours, baseline, compare, as_ours=None, bytes_moved=bytes_moved)
 
 
 def _noised(moments: Tensor, posterior: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, dtype: Any) -> Tensors:
@@ -156,7 +162,8 @@ def _q_sample(case: OpCase, device: torch.device) -> Workload:
     def as_ours(found: Tensors) -> Tensors:
         return to_patches(found[0], patch), found[1]
 
-    return Workload(copies, bytes_moved, ours, baseline, as_ours if given else None)
+    compare, layout = _compare(case, drawn=not given), as_ours if given else None
+    return Workload(copies, ours, baseline, compare, as_ours=layout, bytes_moved=bytes_moved)
 
 
 def _weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor, t: Tensor) -> Tensor:
@@ -195,7 +202,8 @@ def _diffusion_loss(case: OpCase, device: torch.device) -> Workload:
     def as_ours(found: Tensors) -> Tensors:
         return found[0], to_patches(found[1], patch)
 
-    return Workload(copies, bytes_moved, ours, baseline, as_ours)
+    compare = _compare(case, drawn=False)
+    return Workload(copies, ours, baseline, compare, as_ours=as_ours, bytes_moved=bytes_moved)
 
 
 def _step(case: OpCase, device: torch.device) -> Workload:
@@ -251,4 +259,5 @@ def _step(case: OpCase, device: torch.device) -> Workload:
 
         return call
 
-    return Workload(copies, bytes_moved, ours, baseline)
+    compare = _compare(case, drawn=True)
+    return Workload(copies, ours, baseline, compare, as_ours=None, bytes_moved=bytes_moved)

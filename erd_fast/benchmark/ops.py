@@ -1,153 +1,176 @@
 """`erd-fast bench ops`: every backend beside eager PyTorch and torch.compile, checked before it is timed."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
-import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from erd_fast.benchmark.op_cases import ELEMENTS, MODES, OpCase, Tensors, Workload, op_cases
+from erd_fast.benchmark.block_cases import block_cases
+from erd_fast.benchmark.model_cases import model_cases
+from erd_fast.benchmark.op_cases import op_cases
 from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.timing import Sampler, Timing, captured, interleaved, wall
-from erd_fast.errors import ConfigError, RunError
-from erd_fast.ops import OPS, use_backend
+from erd_fast.benchmark.workload import Case, Tensors, Variant, Workload, call_of, running
+from erd_fast.errors import BackendUnavailableError, ConfigError, RunError
+from erd_fast.ops import OPS, choices, use_backend
+from erd_fast.training.metrics import peak_tflops
 
 _COPY_BYTES = 256 << 20  # on a CPU; four times as many on a GPU
-_REFERENCE_SIZE = 1024  # the definition takes ten seconds a call on a CPU beyond
-_EPS = torch.finfo(torch.float32).eps
-_NORMALS = 2e-6  # by which drawn normals may differ between backends
+_MATRIX = 1024  # on a CPU; eight times as many rows on a GPU
 
 
-class Variant(NamedTuple):
-    """Ours on one backend, or a baseline."""
-
-    name: str
-    backend: str = ""
+def cases(device: torch.device) -> list[Case]:
+    """Every case that can be measured on ``device``, in the order in which they are."""
+    return [*op_cases(device), *block_cases(device), *model_cases(device)]
 
 
-def bench_ops(pattern: str = "", seconds: float = 0.3) -> Iterator[Record]:
+def bench_ops(pattern: str = "", seconds: float = 0.3, limit: float | None = None) -> Iterator[Record]:
     """Records of the cases whose ``group case`` contains ``pattern``, as they are measured; ``N=8`` is not ``N=8192``.
+    Without a pattern, of the usual cases.
 
-    The bandwidth of a plain copy comes first. What is being measured is said on stderr.
+    What the machine can do comes first: the bandwidth of a plain copy and, where a case has matrix products, a large
+    one. What is being measured is said on stderr. Once ``limit`` seconds have passed no case is begun, and those left
+    out are named.
 
     Raises:
         ConfigError: no case contains the pattern. RunError: a backend computes something else than it should.
     """
+    began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = re.compile(re.escape(pattern) + r"(?!\d)" if pattern else "")
-    cases = [case for case in op_cases(device) if found.search(f"{case.group} {case.name}")]
-    if not cases:
-        raise ConfigError(f"filter: given {pattern!r}, allowed part of a case's name: {', '.join(MODES)}, N=64, drawn")
+    chosen = _matching(pattern, device)
     _say("machine copy")
     yield _copy(device, seconds)
-    for number, case in enumerate(cases, 1):
-        _say(f"[{number}/{len(cases)}] {case.group} {case.name}")
+    if any(case.multiplies for case in chosen):
+        _say("machine matmul")
+        yield _matmul(device, seconds)
+    for number, case in enumerate(chosen, 1):
+        name = f"[{number}/{len(chosen)}] {case.group} {case.name}"
+        if limit is not None and time.perf_counter() - began > limit:
+            _say(f"{name}: left out, {limit:.0f} seconds have passed")
+            continue
+        _say(name)
         yield from bench_case(case, device, seconds)
 
 
-def bench_case(case: OpCase, device: torch.device, seconds: float) -> Iterator[Record]:
-    """Check all variants of a case, then time them in turn."""
+def _matching(pattern: str, device: torch.device) -> list[Case]:
+    every = cases(device)
+    found = re.compile(re.escape(pattern) + r"(?!\d)")
+    chosen = [case for case in every if (found.search(f"{case.group} {case.name}") if pattern else case.usual)]
+    if not chosen:
+        groups = ", ".join(dict.fromkeys(case.group for case in every))
+        raise ConfigError(f"filter: given {pattern!r}, allowed part of a case's name: {groups}, N=64, drawn")
+    return chosen
+
+
+class _Prepared(NamedTuple):
+    """A variant that computes the right numbers."""
+
+    sampler: Sampler
+    ran: str
+    peak_bytes: int | None
+
+
+def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Record]:
+    """Check all variants of a case, then time them in turn. What does not run here is named and left out, and so is a
+    baseline that gives something else; ours that does ends the run."""
     torch.compiler.reset()  # code that was compiled for eight other sizes would run uncompiled from here on
-    workload = case.build(device)
-    expected = truth(workload)
-    samplers: dict[Variant, Sampler] = {}
+    try:
+        workload = case.build(device)
+        expected = truth(workload)
+    except torch.OutOfMemoryError as error:
+        _leave_out(f"{case.group} {case.name}", error)
+        return
+    prepared: dict[Variant, _Prepared] = {}
     for variant in variants_of(case, device):
         try:
-            samplers[variant] = _sampler(case, workload, variant, expected, device)
+            prepared[variant] = _prepare(case, workload, variant, expected, device)
         except Exception as error:
-            if not variant.name.startswith("compile"):
+            if variant.ours and not isinstance(error, (torch.OutOfMemoryError, BackendUnavailableError)):
                 raise
-            _say(f"  {variant.name} does not run here and is left out: {error}")
-    for variant, timing in zip(samplers, interleaved(list(samplers.values()), seconds), strict=True):
-        yield _record(case.group, case.name, variant, timing, workload.bytes_moved)
+            _leave_out(str(variant), error)
+    del expected
+    timings = interleaved([found.sampler for found in prepared.values()], seconds) if prepared else []
+    for (variant, found), timing in zip(prepared.items(), timings, strict=True):
+        yield _record(case, variant._replace(backend=found.ran), timing, workload, found.peak_bytes, device)
 
 
-def variants_of(case: OpCase, device: torch.device) -> list[Variant]:
-    """Baselines, then ours on each backend that is here and runs on ``device``."""
-    on_gpu = device.type == "cuda"
-    baselines = ["eager", "compile", *(["compile-graphs"] if case.called else [])]
-    backends = ["cuda", "triton", "reference"] if on_gpu else ["cpu", "reference"]
-    if on_gpu and not case.called:
-        backends.remove("reference")  # its order bijection asks the device whether to go on: no CUDA graph
-    if not on_gpu and case.size > _REFERENCE_SIZE:
-        backends.remove("reference")
-    here = [name for name in backends if all(OPS[op].refusal(name) is None for op in case.ops)]
-    return [*(Variant(name) for name in baselines), *(Variant("erd-fast", name) for name in here)]
+def _leave_out(what: str, error: Exception) -> None:
+    _say(f"  {what} does not run here and is left out: {error}")
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
 
 
-def call_of(workload: Workload, variant: Variant) -> Callable[[int], Tensors]:
-    """The calls of a variant, by number of the input copy; ours within ``use_backend(variant.backend)``."""
-    how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-    if variant.name == "erd-fast":
-        return workload.ours
-    if variant.name == "eager":
-        return workload.baseline(lambda function: function)
-    if variant.name == "compile":
-        return workload.baseline(functools.partial(torch.compile, **how))
-    call = workload.baseline(functools.partial(torch.compile, mode="reduce-overhead", **how))
-
-    def in_new_step(copy: int) -> Tensors:
-        torch.compiler.cudagraph_mark_step_begin()  # results of the call before may be overwritten
-        return call(copy)
-
-    return in_new_step
+def variants_of(case: Case, device: torch.device) -> list[Variant]:
+    """Baselines, then ours on each backend that is here."""
+    here = [name for name in case.backends(device) if not name or all(OPS[op].refusal(name) is None for op in case.ops)]
+    return [*map(Variant, case.baselines(device)), *(Variant("erd-fast", name) for name in here)]
 
 
 def truth(workload: Workload) -> Tensors:
-    """What variants are held against: eager PyTorch, or where that draws its own numbers the definition."""
+    """What variants are held against: the workload's own, eager PyTorch, or where that draws its own numbers the
+    definition."""
+    if workload.truth is not None:
+        return workload.truth()
     if workload.as_ours is not None:
         return workload.as_ours(call_of(workload, Variant("eager"))(0))
     with use_backend("reference"):
         return workload.ours(0)
 
 
-def check(case: OpCase, workload: Workload, variant: Variant, found: Tensors, expected: Tensors) -> None:
+def check(case: Case, workload: Workload, variant: Variant, found: Tensors, expected: Tensors) -> None:
     """Raise RunError where a variant that computes the numbers of :func:`truth` found others."""
-    drawn = workload.as_ours is None
-    if variant.name != "erd-fast":
+    if not variant.ours:
         if workload.as_ours is None:
             return
         found = workload.as_ours(found)
-    for number, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        error, allowed = _error(value, wanted), _allowed(value, wanted, case, drawn=drawn)
+    for what, error, allowed in workload.compare(found, expected, variant.ours):
         if not error <= allowed:
-            where = f"{case.op} {case.name}, {variant.backend or variant.name}"
-            raise RunError(f"bench: {where}: result {number} is {error:.3g} off, allowed {allowed:.3g}")
+            where = f"{case.group} {case.name}, {variant}"
+            raise RunError(f"bench: {where}: {what} is {error:.3g} off, allowed {allowed:.3g}")
 
 
-def _error(value: Tensor, wanted: Tensor) -> float:
-    if value.shape != wanted.shape or value.dtype != wanted.dtype:
-        return math.inf
-    return float((value.double() - wanted.double()).abs().max())
-
-
-def _allowed(value: Tensor, wanted: Tensor, case: OpCase, *, drawn: bool) -> float:
-    """Nothing for integers. float32 arithmetic in another order, rounded once to the dtype: relative to the largest
-    number, 16 roundings, for a mean over n numbers sqrt(n), and two drawn normals with factors of at most 1."""
-    if not value.is_floating_point():
-        return 0.0
-    roundings = math.sqrt(case.size * ELEMENTS) if value.dim() == 0 else 16.0
-    relative = torch.finfo(value.dtype).eps + roundings * _EPS + drawn * 2 * _NORMALS
-    return relative * float(wanted.double().abs().max())
-
-
-def _sampler(case: OpCase, workload: Workload, variant: Variant, expected: Tensors, device: torch.device) -> Sampler:
-    with use_backend(variant.backend):
+def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors, device: torch.device) -> _Prepared:
+    with running(workload, variant):
         call = call_of(workload, variant)
-        check(case, workload, variant, call(0), expected)
+        for op in case.ops:
+            OPS[op].used = None
+        with choices.probing() if variant.ours and not variant.backend else contextlib.nullcontext():
+            check(case, workload, variant, call(0), expected)
+        ran = variant.backend or (_ran(case.ops) if variant.ours else "")
+        peak_bytes = _peak_bytes(lambda: call(0)) if device.type == "cuda" else None
         calls = [functools.partial(call, copy) for copy in range(workload.copies)]
         sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
 
     def take() -> float:
-        with use_backend(variant.backend):
+        with running(workload, variant):
             return sampler.take()
 
-    return Sampler(take, sampler.cost)
+    return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes)
+
+
+def _ran(ops: tuple[str, ...]) -> str:
+    """Which backends ran, in the form that ``use_backend`` takes: ``triton,attention=cudnn``."""
+    used = {op: OPS[op].used for op in ops if OPS[op].used}
+    if not used:
+        return ""
+    most = collections.Counter(used.values()).most_common(1)[0][0]
+    return ",".join([most, *(f"{op}={backend}" for op, backend in used.items() if backend != most)])
+
+
+def _peak_bytes(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _copy(device: torch.device, seconds: float) -> Record:
@@ -157,17 +180,43 @@ def _copy(device: torch.device, seconds: float) -> Record:
     target = torch.empty_like(source)
     sampler = (captured if on_gpu else wall)([lambda: target.copy_(source)])
     (timing,) = interleaved([sampler], seconds, least_runs=10)
-    return _record("machine", "copy", Variant("eager"), timing, 2 * source.nbytes)
+    rate = 2 * source.nbytes / timing.median_s / 1e9
+    return Record("machine", "copy", "eager", "", **dataclasses.asdict(timing), gb_per_s=rate)
 
 
-def _record(group: str, case: str, variant: Variant, timing: Timing, bytes_moved: int) -> Record:
+def _matmul(device: torch.device, seconds: float) -> Record:
+    """A large square product, bfloat16 on a GPU: what matrix units give, and what the FLOP/s of an op are a part of."""
+    on_gpu = device.type == "cuda"
+    side, dtype = _MATRIX * (8 if on_gpu else 1), torch.bfloat16 if on_gpu else torch.float32
+    first, second = torch.randn(2, side, side, device=device, dtype=dtype)
+    sampler = (captured if on_gpu else wall)([lambda: first @ second])
+    (timing,) = interleaved([sampler], seconds, least_runs=10)
+    rates = _rates(timing, 2 * side**3, device)
+    return Record("machine", "matmul", "eager", "", **dataclasses.asdict(timing), **rates)
+
+
+def _rates(timing: Timing, flops: int | None, device: torch.device) -> dict[str, Any]:
+    if flops is None:
+        return {}
+    tflops = flops / timing.median_s / 1e12
+    peak = peak_tflops(device) if device.type == "cuda" else None
+    return {"tflops": tflops} if peak is None else {"tflops": tflops, "mfu": tflops / peak}
+
+
+def _record(
+    case: Case, variant: Variant, timing: Timing, workload: Workload, peak_bytes: int | None, device: torch.device
+) -> Record:
+    moved, images = workload.bytes_moved, workload.images
     return Record(
-        group,
-        case,
+        case.group,
+        case.name,
         variant.name,
         variant.backend,
         **dataclasses.asdict(timing),
-        gb_per_s=bytes_moved / timing.median_s / 1e9,
+        **_rates(timing, workload.flops, device),
+        gb_per_s=None if moved is None else moved / timing.median_s / 1e9,
+        images_per_sec=None if images is None else images / timing.median_s,
+        peak_bytes=peak_bytes,
     )
 
 

@@ -6,7 +6,7 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,16 @@ class Record:
     median_s: float
     iqr_s: float
     runs: int
-    gb_per_s: float
+    gb_per_s: float | None = None
     """Bytes that the op must move over the median."""
+    tflops: float | None = None
+    """FLOPs of matrix products, without those that are computed again, over the median."""
+    mfu: float | None = None
+    """That over what the datasheet promises."""
+    images_per_sec: float | None = None
+    peak_bytes: int | None = None
+    """Most memory of the GPU that a call takes beside what was there before: inputs, parameters, and for a backward
+    pass alone what its forward pass kept."""
 
 
 def machine() -> dict[str, Any]:
@@ -53,10 +61,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """``{"machine": {...}, "records": [...]}``."""
+def write_records(path: Path, records: Iterable[Record], facts: dict[str, Any] | None = None) -> None:
+    """``{"machine": {...}, "records": [...]}``, a record with the numbers that apply to it; ``facts`` are those of
+    :func:`machine` if they are there already."""
     make_folder(path.parent)
-    write_json(path, {"machine": machine(), "records": [dataclasses.asdict(record) for record in records]})
+    given = [{name: value for name, value in dataclasses.asdict(r).items() if value is not None} for r in records]
+    write_json(path, {"machine": facts or machine(), "records": given})
 
 
 def machine_name() -> str:
@@ -69,18 +79,36 @@ def machine_name() -> str:
 def table(records: Iterable[Record]) -> str:
     """A line for each record, with its part of a copy's bandwidth and its speed over eager PyTorch."""
     found = list(records)
-    copy = next((record.gb_per_s for record in found if record.group == "machine"), math.nan)
+    copy = next((record.gb_per_s for record in found if record.group == "machine"), None)
     eager = {(record.group, record.case): record.median_s for record in found if record.variant == "eager"}
-    head = f"{'group':<20}{'case':<14}{'variant':<16}{'backend':<11}{'median':>13}{'iqr':>12}{'runs':>6}"
-    lines = [f"{head}{'GB/s':>9}{'of copy':>9}{'x eager':>9}"]
+    head = ["group", "case", "variant", "backend", "median", "iqr", "runs", "GB/s", "of copy", "x eager"]
+    more = [name for name in _MORE if any(getattr(record, name) is not None for record in found)]
+    lines = [[*head[:-1], *(_MORE[name][0] for name in more), head[-1]]]
     for record in found:
         base = eager.get((record.group, record.case), math.nan)
-        lines.append(
-            f"{record.group:<20}{record.case:<14}{record.variant:<16}{record.backend:<11}"
-            f"{record.median_s * 1e6:>10.1f} us{record.iqr_s * 1e6:>9.1f} us{record.runs:>6}"
-            f"{record.gb_per_s:>9.2f}{record.gb_per_s / copy:>9.1%}{base / record.median_s:>9.2f}"
-        )
-    return "\n".join(lines)
+        times = [f"{record.median_s * 1e6:.1f} us", f"{record.iqr_s * 1e6:.1f} us", str(record.runs)]
+        rate = "" if record.gb_per_s is None else f"{record.gb_per_s:.2f}"
+        part = "" if record.gb_per_s is None or copy is None else f"{record.gb_per_s / copy:.1%}"
+        rest = ["" if getattr(record, name) is None else _MORE[name][1](getattr(record, name)) for name in more]
+        names = [record.group, record.case, record.variant, record.backend]
+        lines.append([*names, *times, rate, part, *rest, f"{base / record.median_s:.2f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(_justified(line, widths)).rstrip() for line in lines)
+
+
+_MORE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tflops": ("TFLOP/s", "{:.3g}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "images_per_sec": ("images/s", "{:.1f}".format),
+    "peak_bytes": ("peak GiB", lambda count: f"{count / 2**30:.3f}"),
+}
+"""Columns that some records have: head, and how a value is written."""
+
+
+def _justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    pairs = enumerate(zip(line, widths, strict=True))
+    return [cell.ljust(width) if place < 4 else cell.rjust(width) for place, (cell, width) in pairs]
 
 
 def _cpu_name() -> str:

@@ -91,7 +91,7 @@ def captured(calls: Sequence[Call]) -> Sampler:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:3]:  # what a first call compiles and allocates is no part of the graph
+        for call in calls:  # what a first call compiles, allocates and keeps is no part of the graph
             call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -25,11 +25,20 @@ MODELS: dict[str, tuple[type[DiffusionModel], dict[str, Any]]] = {
 __all__ = ["MODELS", "DiT", "DiffusionModel", "UNet", "UViT", "create_model", "model_flops"]
 
 
-def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> DiffusionModel:
+def create_model(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    kernels: bool = True,
+    residual: torch.dtype = torch.float32,
+    recompute: bool | None = None,
+    **overrides: Any,
+) -> DiffusionModel:
     """Build the model called ``name``, e.g. ``create_model("DiT-XL/2", num_classes=0)``.
 
     Args:
         device: ``"meta"`` builds shapes without numbers.
+        kernels, residual, recompute: how it computes, attributes of :class:`DiffusionModel` that may change later.
         overrides: arguments of the model's class in place of the named size's.
 
     Raises:
@@ -43,7 +52,9 @@ def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: 
         if argument not in allowed:
             raise ConfigError(unknown_name(f"argument of {name}", argument, allowed))
     with torch.device(device):
-        return build(**{**size, **overrides})
+        model = build(**{**size, **overrides})
+    model.kernels, model.residual, model.recompute = kernels, residual, recompute
+    return model
 
 
 def model_flops(model: DiffusionModel) -> int:
@@ -55,6 +66,10 @@ def model_flops(model: DiffusionModel) -> int:
     x = torch.empty(1, model.in_channels, model.input_size, model.input_size, device="meta")
     t = torch.zeros(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta") if model.num_classes else None
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(model, shapes, (x, t, y))
+    kernels, model.kernels = model.kernels, False  # PyTorch's counter knows PyTorch's operators
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(model, shapes, (x, t, y))
+    finally:
+        model.kernels = kernels
     return counter.get_total_flops()

@@ -1,8 +1,10 @@
 """What every model of the engine tells about itself, and the checks that models share."""
 
+import torch
 from torch import Tensor, nn
 
 from erd_fast.errors import ConfigError
+from erd_fast.ops.layout import to_images, to_patches
 
 
 class DiffusionModel(nn.Module):
@@ -13,21 +15,53 @@ class DiffusionModel(nn.Module):
         in_channels: channels of x_t.
         num_classes: labels are 0 ... num_classes - 1; 0 for an unconditional model, which takes no labels.
         null_label: the model has a learned label ``num_classes`` for images without one.
+        token_patch: p of the patch tokens (N, T, p p C), in the layout of :mod:`erd_fast.ops.layout`, that the model
+            takes and gives in place of images; 0 if it takes images alone.
+        kernels: run the fused ops; False is plain PyTorch, what they are held against and compared with.
+        residual: dtype of the residual stream that the fused ops keep; bfloat16 halves its traffic and loses digits.
+        recompute: make normalised inputs and GELU's outputs again in the backward pass, in place of keeping them; None
+            is on a GPU alone. The numbers are the same to the bit.
     """
 
     input_size: int
     in_channels: int
     num_classes: int
     null_label: bool
+    token_patch: int = 0
+    kernels: bool = True
+    residual: torch.dtype = torch.float32
+    recompute: bool | None = None
 
     def check_inputs(self, x: Tensor, y: Tensor | None) -> None:
-        """Raise ValueError unless x is (N, C, H, W) as the model has them, and labels come if it takes them."""
-        name, shape = type(self).__name__, (self.in_channels, self.input_size, self.input_size)
-        if x.shape[1:] != shape:
-            raise ValueError(f"{name}: x: given {tuple(x.shape)}, allowed (N, {', '.join(map(str, shape))})")
+        """Raise ValueError unless x is (N, C, H, W) as the model has them, or their tokens, and labels come if it takes
+        them."""
+        name, channels, side, patch = type(self).__name__, self.in_channels, self.input_size, self.token_patch
+        allowed: list[tuple[int, ...]] = [(channels, side, side)]
+        if patch:
+            allowed.append(((side // patch) ** 2, patch**2 * channels))
+        if x.shape[1:] not in allowed:
+            forms = " or ".join(f"(N, {', '.join(map(str, form))})" for form in allowed)
+            raise ValueError(f"{name}: x: given {tuple(x.shape)}, allowed {forms}")
         if (y is None) != (self.num_classes == 0):
             need = "needs labels y" if y is None else "is unconditional, so y must be None"
             raise ValueError(f"{name}: this model {need}")
+
+    def fused(self, parameter: Tensor) -> bool:
+        """Whether the fused ops run: they do not take float64."""
+        return self.kernels and parameter.dtype != torch.float64
+
+    def as_tokens(self, x: Tensor) -> Tensor:
+        """Images or their patch tokens as patch tokens."""
+        return to_patches(x, self.token_patch) if x.dim() == 4 else x
+
+    def as_images(self, x: Tensor) -> Tensor:
+        """Images or their patch tokens as images."""
+        return to_images(x, self.token_patch, self.input_size, self.input_size) if x.dim() == 3 else x
+
+    def compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of matrix products: autocast's where it is on, else the parameters'."""
+        on = parameter.device.type
+        return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else parameter.dtype
 
 
 def check_sizes(model: str, *, num_classes: int, **sizes: int) -> None:

@@ -4,14 +4,18 @@ State-dict keys are those of the published code, so its checkpoints load. Shapes
 conditioning c (N, D).
 """
 
-from typing import Any
+import functools
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erd_fast.models.base import DiffusionModel, check_multiple, check_sizes
-from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, sincos_positions, timestep_embedding, unpatchify
+from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, sincos_positions, timestep_embedding
 from erd_fast.nn.init import init_normal, init_xavier_uniform
+from erd_fast.nn.joined import join, joined_linear
+from erd_fast.nn.stream import Norm, Stream
 
 _NORM_EPS = 1e-6
 _FREQUENCIES = 256
@@ -36,6 +40,8 @@ class DiT(DiffusionModel):
     Raises:
         ConfigError: a size is not allowed.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class DiT(DiffusionModel):
         check_multiple("DiT", "input_size", input_size, ("patch_size", patch_size))
         check_multiple("DiT", "hidden_size", hidden_size, ("", 4), ("num_heads", num_heads))
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.token_patch, self.hidden_size = patch_size, hidden_size
         self.num_classes, self.null_label = num_classes, null_label
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
@@ -75,18 +82,55 @@ class DiT(DiffusionModel):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize(seed)
+        join(self._conditioned())
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C or 2C, H,
-        W)."""
+        """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C or 2C, H, W).
+
+        Patch tokens (N, T, p p C) as x give those of the prediction.
+        """
         self.check_inputs(x, y)
+        if self.fused(self.final_layer.linear.weight):
+            patches = self._fused(self.as_tokens(x), t, y)
+        else:
+            patches = self._plain(self.as_images(x), t, y)
+        return patches if x.dim() == 3 else self.as_images(patches)
+
+    def _plain(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(y)
+        c = self._condition(t, y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return unpatchify(self.final_layer(tokens, c), self.patch_size)
+        return self.final_layer(tokens, c)
+
+    def _fused(self, patches: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """A branch's end and the normalisation after it are one pass, also from the last branch of a block to the next
+        block; all conditioning is one product."""
+        tokens = (self.x_embedder.fused(patches) + self.pos_embed).to(self.residual)
+        modulation = joined_linear(F.silu(self._condition(t, y)), self._conditioned())
+        shift, scale, *parts = modulation.split(self.hidden_size, dim=-1)
+        recompute = tokens.is_cuda if self.recompute is None else self.recompute
+        dtype = self.compute_dtype(self.final_layer.linear.weight)
+        stream = Stream(tokens, Norm(_NORM_EPS, shift, scale), dtype, recompute)
+        for block in cast("Iterable[DiTBlock]", self.blocks):
+            gate_attn, shift_mlp, scale_mlp, gate_mlp, shift, scale, *parts = parts
+            stream.branch(block.attn.fused, gate_attn, Norm(_NORM_EPS, shift_mlp, scale_mlp))
+            mlp = functools.partial(block.mlp.fused, recompute=recompute)
+            stream.branch(mlp, gate_mlp, Norm(_NORM_EPS, shift, scale))
+        return self.final_layer.linear(stream.y)
+
+    def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
+        c = self.t_embedder(t)
+        return c if self.y_embedder is None else c + self.y_embedder(y)
+
+    def _conditioned(self) -> list[nn.Linear]:
+        """The layers that make shifts, scales and gates of the conditioning, the last layer's at the end."""
+        return [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DiT":
+        super()._apply(*args, **kwargs)  # of .to() and the like, which give each parameter memory of its own
+        join(self._conditioned())
+        return self
 
     def _initialize(self, seed: int) -> None:
         """Xavier for matrices, 0.02 for the embedders, zero for biases and for what ends a branch (adaLN-Zero)."""

@@ -5,16 +5,21 @@ State-dict keys are those of the published code, so its checkpoints load. Shapes
 the order label, time, T patches: L = T + 2, or T + 1 without labels.
 """
 
+import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erd_fast.errors import ConfigError
 from erd_fast.models.base import DiffusionModel, check_multiple, check_sizes
-from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, timestep_embedding, unpatchify
+from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed, timestep_embedding
 from erd_fast.nn.init import init_normal, init_uniform
+from erd_fast.nn.stream import Norm, Stream
 
 _NORM_EPS = 1e-5
 
@@ -77,7 +82,7 @@ class UViT(DiffusionModel):
                 f"UViT: depth: given {depth}, allowed even numbers (the papers' layers less the middle one)"
             )
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.null_label = num_classes, null_label
+        self.token_patch, self.num_classes, self.null_label = patch_size, num_classes, null_label
         self.hidden_size, self.extra_tokens = hidden_size, 2 if num_classes else 1
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -96,9 +101,22 @@ class UViT(DiffusionModel):
         self._initialize(seed, pos_std)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C, H, W)."""
+        """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C, H, W).
+
+        Patch tokens (N, T, p p C) as x give those of the prediction.
+        """
         self.check_inputs(x, y)
-        tokens = self._embed(x, t, y)
+        if self.fused(self.decoder_pred.weight):
+            tokens = self._fused(self._embed(self.patch_embed.fused(self.as_tokens(x)), t, y))
+        else:
+            tokens = self._plain(self._embed(self.patch_embed(self.as_images(x)), t, y))
+        patches = self.decoder_pred(tokens)[:, self.extra_tokens :]
+        if isinstance(self.final_layer, nn.Identity):
+            return patches if x.dim() == 3 else self.as_images(patches)
+        images = self.final_layer(self.as_images(patches))
+        return self.as_tokens(images) if x.dim() == 3 else images
+
+    def _plain(self, tokens: Tensor) -> Tensor:
         skips = []
         for block in self.in_blocks:
             tokens = block(tokens)
@@ -106,12 +124,33 @@ class UViT(DiffusionModel):
         tokens = self.mid_block(tokens)
         for block in self.out_blocks:
             tokens = block(tokens, skips.pop())
-        patches = self.decoder_pred(self.norm(tokens))[:, self.extra_tokens :]
-        return self.final_layer(unpatchify(patches, self.patch_size))
+        return self.norm(tokens)
 
-    def _embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _fused(self, tokens: Tensor) -> Tensor:
+        """A branch's end and the normalisation after it are one pass, except before a skip's linear layer."""
+        descent = cast("list[UViTBlock]", [*self.in_blocks, self.mid_block])
+        ascent = cast("list[UViTBlock]", [self.mid_block, *self.out_blocks])
+        recompute = tokens.is_cuda if self.recompute is None else self.recompute
+        dtype = self.compute_dtype(self.decoder_pred.weight)
+        stream = Stream(tokens.to(self.residual), Norm.of(descent[0].norm1), dtype, recompute)
+        skips = []
+        for block, following in itertools.pairwise(descent):
+            stream.branch(block.attn.fused, None, Norm.of(block.norm2))
+            stream.branch(block.fused_mlp(recompute), None, Norm.of(following.norm1))
+            skips.append(stream.x)
+        for block, following in itertools.pairwise(ascent):
+            stream.branch(block.attn.fused, None, Norm.of(block.norm2))
+            tokens = stream.last_branch(block.fused_mlp(recompute))
+            tokens = following.fused_skip(tokens.to(dtype), skips.pop().to(dtype))
+            stream.restart(tokens.to(self.residual), Norm.of(following.norm1))
+        last = ascent[-1]
+        stream.branch(last.attn.fused, None, Norm.of(last.norm2))
+        stream.branch(last.fused_mlp(recompute), None, Norm.of(self.norm))
+        return stream.y
+
+    def _embed(self, patches: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))
-        tokens = [time[:, None], self.patch_embed(x)]
+        tokens = [time[:, None], patches]
         if self.label_emb is not None:
             tokens.insert(0, self.label_emb(y)[:, None])
         return torch.cat(tokens, dim=1) + self.pos_embed
@@ -154,6 +193,17 @@ class UViTBlock(nn.Module):
             x = self.skip_linear(torch.cat((x, skip), dim=-1))
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def fused_mlp(self, recompute: bool) -> Callable[[Tensor], Tensor]:
+        return functools.partial(self.mlp.fused, recompute=recompute)
+
+    def fused_skip(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The linear layer of x and skip as two products of which the second adds to the first: nothing is copied side
+        by side."""
+        assert self.skip_linear is not None
+        of_x, of_skip = self.skip_linear.weight.split(x.shape[-1], dim=1)
+        first = F.linear(x, of_x, self.skip_linear.bias)
+        return torch.addmm(first.flatten(0, 1), skip.flatten(0, 1), of_skip.t()).view_as(first)
 
 
 def _time_mlp(hidden_size: int) -> nn.Module:

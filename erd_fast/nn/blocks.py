@@ -1,10 +1,15 @@
-"""Modules shared by the transformer models, with the parameter names of timm and the published DiT code."""
+"""Modules shared by the transformer models, with the parameter names of timm and the published DiT code.
+
+``forward`` is plain PyTorch, what the kernels are held against; ``fused`` computes the same by the ops.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from erd_fast.ops import attention, gelu_mlp
 
 
 class PatchEmbed(nn.Module):
@@ -16,6 +21,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
+
+    def fused(self, tokens: Tensor) -> Tensor:
+        """The same of patches (N, T, p p C) in the layout of :mod:`erd_fast.ops.layout`: a matrix product."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(tokens, weight, self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -32,6 +42,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
 
+    def fused(self, x: Tensor) -> Tensor:
+        """The same by the op."""
+        return self.proj(attention(self.qkv(x), self.num_heads))
+
 
 class Mlp(nn.Module):
     """Linear, GELU, linear over tokens (N, T, D). ``approximate`` is "tanh" for DiT, "none" (erf) for U-ViT."""
@@ -45,13 +59,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
-
-def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """Tokens (N, T, p p C) of a square image, values ordered (row, column, channel) within a patch, to (N, C, H, W)."""
-    n, t, values = tokens.shape
-    side, channels = math.isqrt(t), values // patch_size**2
-    patches = tokens.view(n, side, side, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
-    return patches.reshape(n, channels, side * patch_size, side * patch_size)
+    def fused(self, x: Tensor, recompute: bool) -> Tensor:
+        """The same by the op; with ``recompute`` the activation is made again in the backward pass."""
+        first, second = self.fc1, self.fc2
+        layers = (first.weight, first.bias, second.weight, second.bias)
+        return gelu_mlp(x, *layers, approximate=self.approximate, recompute=recompute)
 
 
 def timestep_embedding(t: Tensor, size: int, max_period: float = 10_000.0) -> Tensor:

@@ -69,7 +69,7 @@ class Gradient:
     """How autograd goes through an op.
 
     Attributes:
-        setup_context: ``(ctx, inputs, outputs)`` keeps what the backward pass needs.
+        setup_context: ``(ctx, inputs, output)``, names that torch.library uses, keeps what the backward pass needs.
         backward: ``(ctx, *gradients of the outputs)`` gives one of each flat argument of the schema.
     """
 
@@ -85,11 +85,13 @@ class Library:
         call: gives the outputs; those after the first may be missing.
         absence: (reason, remedy) why it cannot run here at all, or None.
         device: the type of device whose tensors it takes; "" is any.
+        late: whether ``auto`` tries it after the others here, in spite of its place among them.
     """
 
     call: Callable[..., Outputs]
     absence: Callable[[], tuple[str, str] | None]
     device: str = "cuda"
+    late: Callable[[], bool] = lambda: False
 
 
 @dataclasses.dataclass
@@ -117,8 +119,7 @@ class Op:
             raise _ReachedError(self, args)
         backend = self.choose(*args)
         if backend in self.libraries:
-            self._note(backend)
-            return self.libraries[backend].call(*args)
+            return self._call_library(backend, args)
         # The dispatcher takes longer than a small batch's kernel, so a call in which it has no part goes without.
         if _dispatched(args):
             return self.forward.registered(*args, backend)
@@ -148,7 +149,8 @@ class Op:
             return named
         if self.timed:
             chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args)
-            if chosen is not None and self.refusal(chosen, *args) is None:  # stored elsewhere, it may be missing here
+            # Stored elsewhere, it may be missing here.
+            if chosen is not None and not self._is_dropped(self.forward, chosen, args) and not self.refusal(chosen, *args):
                 return chosen
         return next(self.candidates(self.forward, args))
 
@@ -156,7 +158,8 @@ class Op:
         """Backends that can take a call, the one that is tried first first; the last is the reference."""
         on = _device_type(args)
         if on not in self._auto:
-            self._auto[on] = tuple(n for n in self.backends if self._takes(n) in (on, "") and self.refusal(n) is None)
+            here = [name for name in self.backends if self._takes(name) in (on, "") and self.refusal(name) is None]
+            self._auto[on] = tuple(sorted(here, key=self._lateness))
         for name in self._auto[on]:
             if direction.reason_against(name, tuple(args)) is None and not self._is_dropped(direction, name, args):
                 yield name
@@ -185,19 +188,33 @@ class Op:
             backend = self._own_choice(direction, inputs)
         try:
             return self._run_on(direction, backend, tuple(inputs))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if backend in ("reference", asked_for(self.name, self.backends)):
-                raise
-            self._dropped.add((direction.direction, backend, form_of(inputs)))
-            warnings.warn(
-                f"{self.name}: backend {backend} failed in its {direction.direction} pass and is dropped for "
-                f"{form_of(inputs)}: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._drop(direction, backend, inputs, error)
         return self.run(direction, *inputs, "")
+
+    def _call_library(self, backend: str, args: tuple[Any, ...]) -> Outputs:
+        """A backend that is somebody else's, with what :meth:`run` does where it fails. (Where its gradient does, it is
+        too late.)"""
+        self._note(backend)
+        try:
+            return self.libraries[backend].call(*args)
+        except Exception as error:
+            self._drop(self.forward, backend, args, error)
+        return self(*args)
+
+    def _drop(self, direction: Pass, backend: str, inputs: Sequence[Any], error: Exception) -> None:
+        """Warn and go on without ``backend`` for arguments of this form; within ``except``, raise again if there is no
+        other to take."""
+        lasting = not isinstance(error, torch.OutOfMemoryError)
+        if not lasting or backend in ("reference", asked_for(self.name, self.backends)):
+            raise error
+        self._dropped.add((direction.direction, backend, form_of(inputs)))
+        warnings.warn(
+            f"{self.name}: backend {backend} failed in its {direction.direction} pass and is dropped for "
+            f"{form_of(inputs)}: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _own_choice(self, direction: Pass, inputs: Sequence[Any]) -> str:
         """As :meth:`choose`, of backends that run in a registered op: no libraries."""
@@ -225,6 +242,12 @@ class Op:
 
     def _is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
         return bool(self._dropped) and (direction.direction, backend, form_of(args)) in self._dropped
+
+    def _lateness(self, backend: str) -> int:
+        """The order in which ``auto`` tries groups of backends."""
+        if backend == "reference":
+            return 2
+        return int(backend in self.libraries and self.libraries[backend].late())
 
     def _takes(self, backend: str) -> str:
         """The type of device whose tensors a backend takes; "" is any."""

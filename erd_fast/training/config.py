@@ -17,6 +17,7 @@ from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models import MODELS
 
 Precision = Literal["fp32", "bf16"]
+Switch = Literal["on", "off"]
 LrSchedule = Literal["constant", "cosine"]
 T = TypeVar("T")
 
@@ -83,15 +84,28 @@ class ModelConfig:
     depth: int | None = None
     num_heads: int | None = None
     patch_size: int | None = None
+    kernels: Switch = "on"
+    """The fused ops of the transformers; off is plain PyTorch, to compare with."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """The residual stream between the fused ops; bf16 halves its traffic and loses digits."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Make normalised inputs and GELU's outputs again in the backward pass, not keep them; auto is on a GPU."""
 
     def __post_init__(self) -> None:
+        for name in ("kernels", "recompute"):
+            if isinstance(value := getattr(self, name), bool):  # what YAML makes of on and off
+                object.__setattr__(self, name, "on" if value else "off")
         _one_of("model.name", self.name, MODELS)
+        _one_of("model.kernels", self.kernels, get_args(Switch))
+        _one_of("model.residual", self.residual, ("fp32", "bf16"))
+        _one_of("model.recompute", self.recompute, ("auto", "on", "off"))
         for name, value in self.overrides().items():
             _allow(f"model.{name}", value, value >= 1, "1 or more")
 
     def overrides(self) -> dict[str, int]:
         """The sizes given in place of the named model's."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "name" and value is not None}
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
+        return {name: value for name, value in sizes.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +233,15 @@ class RunConfig:
         return {f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()}
 
 
-MAY_CHANGE_ON_RESUME = {"train.steps", "train.micro_batch", "eval.every", "data.path", "data.loader"}
+MAY_CHANGE_ON_RESUME = {
+    "train.steps",
+    "train.micro_batch",
+    "eval.every",
+    "data.path",
+    "data.loader",
+    "model.kernels",
+    "model.recompute",
+}
 
 
 def refuse_changes(stored: RunConfig, given: RunConfig, folder: Path) -> None:

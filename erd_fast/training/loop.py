@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from erd_fast.data import Batch, LatentStore, open_dataset, open_reader
 from erd_fast.errors import ConfigError, RunError
-from erd_fast.files import make_folder, remove_partial, write_text
+from erd_fast.files import make_folder, read_json, remove_partial, write_json, write_text
 from erd_fast.models import create_model, model_flops
+from erd_fast.ops import OPS, choices
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
@@ -69,6 +71,16 @@ def model_arguments(config: RunConfig, store: LatentStore) -> dict[str, Any]:
     }
 
 
+def computing(config: RunConfig) -> dict[str, Any]:
+    """Arguments of ``create_model`` that say how the model computes, and not what."""
+    model = config.model
+    return {
+        "kernels": model.kernels == "on",
+        "residual": torch.bfloat16 if model.residual == "bf16" else torch.float32,
+        "recompute": {"auto": None, "on": True, "off": False}[model.recompute],
+    }
+
+
 def describe(config: RunConfig) -> str:
     """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Makes no run folder."""
     store = open_store(config)
@@ -95,7 +107,8 @@ class _Run:
             torch.use_deterministic_algorithms(True)
         optim = config.optim
         self.arguments = model_arguments(config, store)
-        model = create_model(**self.arguments, seed=config.train.seed).to(self.device)
+        how = computing(config)
+        model = create_model(**self.arguments, **how, seed=config.train.seed).to(self.device)
         optimizer = AdamWEMA(
             model.parameters(),
             lr=optim.lr,
@@ -119,9 +132,11 @@ class _Run:
         bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not sys.stderr.isatty())
         with contextlib.closing(batches), bar:
             self.speed.restart()
+            first = True
             while self.done < config.train.steps:
                 self._set_learning_rate()
-                loss = self.step(batches)
+                loss = self._first_step(batches) if first else self.step(batches)
+                first = False
                 self.done += 1
                 self.speed.count(config.train.batch_size)
                 bar.update()
@@ -177,6 +192,22 @@ class _Run:
         self.log.write({"event": "resume", "step": self.done})
         print(f"resuming at step {self.done}", flush=True)
         return True
+
+    def _first_step(self, batches: Iterator[Batch]) -> Tensor:
+        """A step in which ops time what they can run on, unless the run has stored that; then it is stored.
+
+        A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
+        """
+        file = self.folder / "kernels.json"
+        choices.forget()
+        if file.exists():
+            stored = read_json(file)
+            choices.load(stored.get("choices") if isinstance(stored, dict) else stored, str(file))
+        with contextlib.nullcontext() if self.config.train.deterministic else choices.probing():
+            loss = self.step(batches)
+        used = {name: op.used for name, op in OPS.items() if op.used}
+        write_json(file, {"used": used, "choices": choices.stored()})
+        return loss
 
     def _headline(self, reader: str) -> str:
         parameters = sum(p.numel() for p in self.step.model.parameters())

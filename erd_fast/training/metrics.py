@@ -14,6 +14,12 @@ from erd_fast.files import write_json, write_text
 _PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
 
 
+def peak_tflops(device: torch.device) -> float | None:
+    """What this GPU's datasheet promises for bfloat16 matrix products, if it is known."""
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+
+
 class RunLog:
     """``log.jsonl``, one JSON object a line, and ``metrics.json``, the last value of every metric."""
 
@@ -77,8 +83,7 @@ class Speed:
         self._device = device
         self._peak = None
         if device.type == "cuda" and precision == "bf16":
-            name = torch.cuda.get_device_name(device)
-            self._peak = next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+            self._peak = peak_tflops(device)
         self.waited = 0.0
         self.restart()
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erd_fast.data import Batch, LatentStore
 from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.models import DiffusionModel
 from erd_fast.ops import Draw
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig
@@ -29,7 +30,7 @@ class TrainStep:
     def __init__(
         self,
         config: RunConfig,
-        model: nn.Module,
+        model: DiffusionModel,
         optimizer: AdamWEMA,
         process: DiffusionProcess,
         store: LatentStore,
@@ -75,6 +76,7 @@ class TrainStep:
 
     def _micro_batch(self, batch: Batch, offset: int) -> Tensor:
         decisions = self._draw(self.counter, offset)
+        patch = self.model.token_patch if self.model.kernels else 0
         x_t, target = self.process.q_sample(
             batch.latents,
             decisions.t_index,
@@ -85,6 +87,8 @@ class TrainStep:
             flip=decisions.flip if self._mirror else None,
             ids=decisions.ids,
             seed=self.config.train.seed,
+            dtype=torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32,
+            patch=patch,
         )
         labels = None
         if self._num_classes:
@@ -98,6 +102,7 @@ class TrainStep:
             decisions.t_index,
             num_bins=LOSS_BINS,
             batch_size=self.config.train.batch_size,
+            patch=patch,
             compute_grad=True,
         )
         prediction.backward(result.dprediction)  # the loss has no graph of its own

@@ -76,6 +76,30 @@ def test_a_region_may_take_some_cases_and_two_machines(tables):
     )
 
 
+def test_models_have_columns_of_their_own_numbers(tables):
+    eager, ours = (record("model/X", "N=8", *names, 0.0) for names in (("eager", "", 2.0), ("erd-fast", "triton", 1.0)))
+    for one, rate in ((eager, 1), (ours, 2)):
+        del one["gb_per_s"]
+        one |= {
+            "images_per_sec": 8.0 * rate,
+            "tflops": 100.0 * rate,
+            "mfu": 0.1 * rate,
+            "peak_bytes": (3 << 30) // rate,
+        }
+    written = tables.render(
+        "<!-- table: model/X -->\n<!-- end -->", {"x/ops.json": {"machine": MACHINE, "records": [eager, ours]}}
+    )
+    head, _, line = written.splitlines()[3:6]
+    assert head.split(" | ")[-6:] == ["x eager", "images/s", "TFLOP/s", "MFU", "GiB", "GiB eager |"]
+    assert line.split(" | ")[-6:] == ["2.00", "16", "200", "20.0%", "1.5", "3 |"]
+    matmul = {**record("machine", "matmul", "eager", "", 1e-3, 0.0), "tflops": 700.0}
+    del matmul["gb_per_s"]
+    both = {"x/ops.json": {"machine": MACHINE, "records": [RECORDS[0], matmul]}}
+    lines = tables.render("<!-- table: machine -->\n<!-- end -->", both).splitlines()
+    assert lines[3] == "| case | eager | GB/s | of copy | TFLOP/s |"
+    assert lines[5:7] == ["| copy | 1 ms (0.01) | 2000 | 100% |  |", "| matmul | 1 ms (0.01) |  |  | 700 |"]
+
+
 def test_what_nobody_measured_is_said(tables):
     region = "<!-- table: ops/draw -->\nsomething typed\n<!-- end -->\n"
     assert tables.render(region, RESULTS) == "<!-- table: ops/draw -->\nNot measured.\n<!-- end -->\n"

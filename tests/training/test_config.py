@@ -40,6 +40,9 @@ def _load(folder: Path, text: str, base: RunConfig | None = None) -> RunConfig:
         ("model.depth", 0, "1 or more"),
         ("model.num_heads", 0, "1 or more"),
         ("model.patch_size", -2, "1 or more"),
+        ("model.kernels", "of", "did you mean 'off'?"),
+        ("model.residual", "fp16", "fp32, bf16"),
+        ("model.recompute", "never", "auto, on, off"),
         ("diffusion.schedule", "cosin", "did you mean 'cosine'?"),
         ("diffusion.target", "epsilom", "did you mean 'epsilon'?"),
         ("diffusion.weighting", "ed", "did you mean 'erd'?"),
@@ -217,6 +220,9 @@ OTHER = {
     "model.depth": 2,
     "model.num_heads": 2,
     "model.patch_size": 4,
+    "model.kernels": "off",
+    "model.residual": "bf16",
+    "model.recompute": "on",
     "diffusion.schedule": "flow",
     "diffusion.target": "u",
     "diffusion.weighting": "constant",
@@ -242,7 +248,14 @@ OTHER = {
     "eval.cfg_scale": 2.0,
 }
 FREE = {"train.steps", "train.micro_batch", "data.path", "data.loader", "eval.every"}
-FREE |= {"train.log_every", "train.save_every", "train.sample_every"}
+FREE |= {"model.kernels", "model.recompute", "train.log_every", "train.save_every", "train.sample_every"}
+
+
+@pytest.mark.parametrize("written", ["on", "off"])
+def test_on_and_off_are_words_though_yaml_has_them_for_booleans(tmp_path, written):
+    config = _load(tmp_path, f"model:\n  kernels: {written}\n  recompute: {written}\n")
+    assert (config.model.kernels, config.model.recompute) == (written, written)
+    assert _load(tmp_path, config_text(config)) == config
 
 
 def test_every_field_is_in_the_table_of_changes(tiny):

@@ -162,7 +162,7 @@ def test_pixels_are_mirrored_where_the_store_allows_it(make_step, tiny, tmp_path
 def test_bf16_runs_the_model_in_bf16_and_keeps_parameters_and_loss(make_step, tiny, digits, monkeypatch):
     step = make_step(tiny(train={"precision": "bf16"}))
     kinds = []
-    step.model.blocks[0].mlp.register_forward_hook(lambda module, given, result: kinds.append(result.dtype))
+    step.model.blocks[0].attn.qkv.register_forward_hook(lambda module, given, result: kinds.append(result.dtype))
     loss = step(_batches(step, digits))
     assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
     assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}

@@ -1,0 +1,10 @@
+"""residual_ada_layer_norm under pytest-benchmark: python -m pytest bench/bench_residual_ada_layer_norm.py"""
+
+import pytest
+
+from erd_fast.benchmark.timing import clock
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_residual_ada_layer_norm(timed, case, variant):
+    timed(case, variant)

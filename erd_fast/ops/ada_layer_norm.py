@@ -1,0 +1,193 @@
+"""ada_layer_norm: LayerNorm without parameters of its own, then a scale and a shift for each sample."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erd_fast.ops.arguments import check_device, check_dtype, check_shape
+from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 8192
+
+
+def ada_layer_norm(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = (1 + scale) xhat + shift, or weight xhat + bias, with xhat = (x - mean) / sqrt(var + eps) over the last
+    dimension; in float32, rounded once (Peebles & Xie, arXiv 2212.09748, section 3.2; docs/math.md E1).
+
+    Args:
+        x: (N, T, D), float32, bfloat16 or float16; D up to 8192.
+        shift, scale: (N, D), one of each sample, chunks of a larger projection too; None is 0.
+        weight, bias: (D,), of an ordinary LayerNorm in place of those; None is 1 and 0.
+        eps: added to the (biased) variance.
+        dtype: of y; None is that of autocast where it is on, else x's.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not go together.
+
+    Differentiable in all tensors; it has no second derivative. Moves, an element: x + y forward; backward dy + x + dx,
+    and four bytes a token for each of mean and rstd.
+    """
+    check_tokens("ada_layer_norm", "x", x)
+    shift, scale, offset = modulation("ada_layer_norm", x, shift, scale, weight, bias)
+    dtype = output_dtype("ada_layer_norm", x, dtype)
+    if reference_needed():
+        return ada_layer_norm_reference(x, shift, scale, offset=offset, eps=eps, dtype=dtype)
+    return _op(x.contiguous(), shift, scale, offset, eps, dtype)[0]
+
+
+def ada_layer_norm_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, *, offset: float, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The definition: (offset + scale) xhat + shift, in float32 or wider. ``offset`` is 1 for a modulation, 0 where
+    ``scale`` is a LayerNorm's weight."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normal = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    return (normal * (offset + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype)
+
+
+def check_tokens(op: str, argument: str, x: Tensor) -> None:
+    """Raise ValueError unless ``x`` is (N, T, D) of a dtype that kernels take, with at least one element."""
+    if x.dim() != 3 or not x.numel() or x.shape[2] > WIDEST:
+        raise ValueError(
+            f"{op}: {argument}: given shape {tuple(x.shape)}, allowed (N, T, D) with N and T of 1 or more, "
+            f"D of 1 to {WIDEST}"
+        )
+    check_dtype(op, argument, x, *FLOATS)
+
+
+def modulation(
+    op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """(shift, scale, offset) that do all of it: y = (offset + scale) xhat + shift, both (N, D) with a last stride of 1.
+    A vector for all samples has a first stride of 0."""
+    samples, _, width = x.shape
+    for name, given in {"shift": shift, "scale": scale}.items():
+        check_shape(op, name, given, (samples, width))
+    for name, given in {"weight": weight, "bias": bias}.items():
+        check_shape(op, name, given, (width,))
+    named = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    check_device(op, x=x, **named)
+    given_ones = [(name, given) for name, given in named.items() if given is not None]
+    for name, given in given_ones:
+        check_dtype(op, name, given, *FLOATS)
+        check_dtype(op, name, given, given_ones[0][1].dtype)
+        if name in ("weight", "bias") and given_ones[0][0] in ("shift", "scale"):
+            raise ValueError(f"{op}: {name}: given beside {given_ones[0][0]}, allowed one pair of the two")
+    offset = 1.0 if weight is None else 0.0
+    shift, scale = shift if bias is None else bias, scale if weight is None else weight
+    if shift is None or scale is None:
+        other = scale if shift is None else shift
+        zero = torch.zeros(width, dtype=torch.float32 if other is None else other.dtype, device=x.device)
+        shift, scale = zero if shift is None else shift, zero if scale is None else scale
+    return _rows(shift, samples), _rows(scale, samples), offset
+
+
+def _rows(vector: Tensor, samples: int) -> Tensor:
+    rows = vector.expand(samples, -1) if vector.dim() == 1 else vector
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def output_dtype(op: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of y: what was asked for, autocast's where it is on, else x's."""
+    if dtype is None:
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: dtype: given {dtype}, allowed {', '.join(map(str, FLOATS))}")
+    return dtype
+
+
+def normalized(x: Tensor, shift: Tensor, scale: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Outputs:
+    """(y, mean, rstd) in PyTorch."""
+    normal, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
+    y = torch.addcmul(shift.float()[:, None], normal, (offset + scale.float())[:, None], out=normal)
+    return y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def normalized_backward(dy: Tensor, x: Tensor, scale: Tensor, offset: float, mean: Tensor, rstd: Tensor) -> Outputs:
+    """(dx, dshift, dscale) in PyTorch, float32."""
+    x, dy, mean, rstd = x.float(), dy.float(), mean[..., None], rstd[..., None]
+    dnormal = dy * (offset + scale.float())[:, None]
+    none = (True, False, False)
+    dx = torch.ops.aten.native_layer_norm_backward(dnormal, x, x.shape[-1:], mean, rstd, None, None, none)[0]
+    normal = torch.sub(x, mean, out=dnormal).mul_(rstd).mul_(dy)
+    return dx, dy.sum(1), normal.sum(1)
+
+
+def statistics(x: Tensor) -> Tensor:
+    """Room for a number of each token."""
+    return torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def sums(x: Tensor) -> Tensor:
+    """Room for a gradient of each sample's modulation."""
+    return torch.empty((x.shape[0], x.shape[2]), dtype=torch.float32, device=x.device)
+
+
+def _outputs(x: Tensor, *flat: Any) -> Outputs:
+    return torch.empty(x.shape, dtype=flat[-1], device=x.device), statistics(x), statistics(x)
+
+
+def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    kernel(*inputs[:-1], *outputs)
+
+
+def _backward_body(dy: Tensor, x: Tensor, *flat: Any) -> Outputs:
+    dx, dshift, dscale = normalized_backward(dy, x, *flat)
+    return dx.to(x.dtype), dshift, dscale
+
+
+def _backward_outputs(dy: Tensor, x: Tensor, *flat: Any) -> Outputs:
+    return torch.empty_like(x), sums(x), sums(x)
+
+
+def _launch_backward(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    kernel(*inputs, *outputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, _, scale, ctx.offset, *_, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, *output[1:])
+
+
+def _backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    x, scale, mean, rstd = ctx.saved_tensors
+    gradients = _op.differentiate(dy.contiguous(), x, scale, ctx.offset, mean, rstd, backend=ctx.backend)
+    dx, dshift, dscale = gradients
+    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype), None, None, None
+
+
+_op = declare(
+    "ada_layer_norm",
+    Pass(
+        "(Tensor x, Tensor shift, Tensor scale, float offset, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+        normalized,
+        _outputs,
+        _launch,
+    ),
+    backward=Pass(
+        "(Tensor dy, Tensor x, Tensor scale, float offset, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+        _backward_body,
+        _backward_outputs,
+        _launch_backward,
+    ),
+    gradient=Gradient(_setup_context, _backward),
+    backends=("triton",),
+)

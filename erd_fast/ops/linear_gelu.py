@@ -1,0 +1,286 @@
+"""linear_gelu: the first layer of an MLP with its GELU, and the whole MLP, with GELU in the GEMM's epilogue."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erd_fast.ops.arguments import check_device, check_dtype, check_shape
+from erd_fast.ops.declare import Gradient, Outputs, Pass, _dispatched, declare, reference_needed
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FORMS = ("tanh", "none")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """GELU(x W^T + b).
+
+    GELU(z) is z/2 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) with ``approximate="tanh"`` (DiT), or z/2 (1 + erf(z /
+    sqrt(2))) with ``"none"`` (U-ViT). The product accumulates and GELU is computed in float32. The backward pass keeps
+    x and z = x W^T + b, the latter in the dtype of x.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16. Under autocast x, weight and bias are cast to its dtype.
+        weight: (H, K), of x's dtype.
+        bias: (H,), of x's dtype.
+        approximate: "tanh" or "none".
+
+    Returns:
+        (..., H), of x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not go together, there is no row, or the form of GELU is unknown.
+
+    Moves, besides the GEMM's own reading and the activation, 1 number for each of M H elements: z. The backward pass
+    reads z and the activation's gradient and writes z's.
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+    """
+    _check_layer("linear_gelu", x, weight, bias, approximate)
+    x, weight, bias = _cast("linear_gelu", x=x, weight=weight, bias=bias)
+    if reference_needed():
+        return linear_gelu_reference(x, weight, bias, approximate=approximate)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    activation, _ = _op(flat, weight.contiguous(), bias.contiguous(), approximate)
+    return activation.view(*x.shape[:-1], -1)
+
+
+def gelu_mlp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    next_weight: Tensor,
+    next_bias: Tensor,
+    *,
+    approximate: str = "tanh",
+    recompute: bool | None = None,
+) -> Tensor:
+    """GELU(x W^T + b) V^T + c, an MLP of two layers, as one node of autograd.
+
+    In the backward pass the second layer's input gradient, GELU's derivative and the gradient of b come from one GEMM.
+    Kept for it are x and z = x W^T + b; see :func:`linear_gelu` for z, GELU and its two forms.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16. Under autocast x, weights and biases are cast to its dtype.
+        weight, bias: W (H, K) and b (H,), of x's dtype.
+        next_weight, next_bias: V (D, H) and c (D,), of x's dtype.
+        approximate: "tanh" or "none".
+        recompute: whether the backward pass computes the activation again from z instead of keeping it: M H numbers
+            less in memory for one pass over them. None does so on CUDA alone.
+
+    Returns:
+        (..., D), of x's dtype.
+
+    Raises:
+        ValueError: as :func:`linear_gelu`.
+
+    Moves, for M rows, besides what the GEMMs read and their M D outputs, in units of M H numbers: forward, z and the
+    activation once out; backward, z once in, its gradient once out, and with ``recompute`` the activation once out.
+    """
+    _check_layer("gelu_mlp", x, weight, bias, approximate)
+    if next_weight.dim() != 2 or not next_weight.shape[0] or next_weight.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"gelu_mlp: next_weight: given shape {tuple(next_weight.shape)}, allowed (D, {weight.shape[0]})"
+        )
+    check_shape("gelu_mlp", "next_bias", next_bias, (next_weight.shape[0],))
+    tensors = _cast("gelu_mlp", x=x, weight=weight, bias=bias, next_weight=next_weight, next_bias=next_bias)
+    if reference_needed():
+        return gelu_mlp_reference(*tensors, approximate=approximate)
+    if torch.compiler.is_compiling() or _dispatched(tensors):
+        return F.linear(linear_gelu(*tensors[:3], approximate=approximate), *tensors[3:])
+    x, *parameters = (tensor.contiguous() for tensor in tensors)
+    backend = _op.choose(x.view(-1, x.shape[-1]), *parameters[:2], approximate)
+    again = x.device.type == "cuda" if recompute is None else recompute
+    return _GeluMlp.apply(x, *parameters, approximate, again, backend)
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """The definition of :func:`linear_gelu`, in float32 (float64 if x is); autograd defines the gradients."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _wide_activation(x, weight, bias, approximate).to(x.dtype)
+
+
+def gelu_mlp_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, next_weight: Tensor, next_bias: Tensor, *, approximate: str = "tanh"
+) -> Tensor:
+    """The definition of :func:`gelu_mlp`, in float32 (float64 if x is); autograd defines the gradients."""
+    with torch.autocast(x.device.type, enabled=False):
+        activation = _wide_activation(x, weight, bias, approximate)
+        return (activation @ next_weight.to(activation.dtype).t() + next_bias).to(x.dtype)
+
+
+def _wide_activation(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(wide) @ weight.to(wide).t() + bias, approximate=approximate)
+
+
+def _check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> None:
+    if approximate not in _FORMS:
+        raise ValueError(f"{op}: approximate: given {approximate!r}, allowed {' or '.join(map(repr, _FORMS))}")
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"{op}: weight: given shape {tuple(weight.shape)}, allowed (H, K)")
+    if not x.dim() or not x.numel() or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x: given shape {tuple(x.shape)}, allowed (..., {weight.shape[1]}) with one row or more"
+        )
+    check_shape(op, "bias", bias, (weight.shape[0],))
+
+
+def _cast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, of one floating dtype and on one device; under autocast in its dtype."""
+    check_device(op, **tensors)
+    x = tensors["x"]
+    for name, tensor in tensors.items():
+        check_dtype(op, name, tensor, *_FLOATS)
+    on = x.device.type
+    if torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on):
+        dtype = torch.get_autocast_dtype(on)
+        return tuple(tensor.to(dtype) for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{op}: {name}: given {tensor.dtype}, allowed {x.dtype}, as x has it")
+    return tuple(tensors.values())
+
+
+class _GeluMlp(torch.autograd.Function):
+    """x is kept as it was given: a hook of saved tensors may know it and build it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        next_weight: Tensor,
+        next_bias: Tensor,
+        approximate: str,
+        recompute: bool,
+        backend: str,
+    ) -> Tensor:
+        activation, pre = _op.run(_op.forward, x.view(-1, x.shape[-1]), weight, bias, approximate, backend)
+        ctx.save_for_backward(x, weight, next_weight, pre, None if recompute else activation)
+        ctx.approximate, ctx.backend = approximate, backend
+        return torch.addmm(next_bias, activation, next_weight.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("gelu_mlp: it has no second derivative (create_graph); gelu_mlp_reference has every one")
+        x, weight, next_weight, pre, activation = ctx.saved_tensors
+        needs_x, needs_weight, _, needs_next_weight, needs_next_bias = ctx.needs_input_grad[:5]
+        dy = dy.reshape(-1, dy.shape[-1]).contiguous()
+        again = needs_next_weight and activation is None
+        dpre, dbias, computed = _op.differentiate(dy, next_weight, pre, ctx.approximate, again, backend=ctx.backend)
+        dnext_weight = dy.t() @ (computed if again else activation) if needs_next_weight else None
+        del computed
+        dweight = dpre.t() @ x.view(-1, x.shape[-1]) if needs_weight else None
+        dx = (dpre @ weight).view(x.shape) if needs_x else None
+        dnext_bias = dy.sum(0) if needs_next_bias else None
+        return dx, dweight, dbias.to(weight.dtype), dnext_weight, dnext_bias, None, None, None
+
+
+_SCHEMA = "(Tensor x, Tensor weight, Tensor bias, str approximate) -> (Tensor activation, Tensor pre)"
+_BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor? next_weight, Tensor pre, str approximate, bool recompute) "
+    "-> (Tensor dpre, Tensor dbias, Tensor activation)"
+)
+
+
+def _body(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Outputs:
+    pre = torch.addmm(bias, x, weight.t())
+    return F.gelu(pre, approximate=approximate), pre
+
+
+def _outputs(x: Tensor, weight: Tensor, *unused: Any) -> Outputs:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    kernel(*inputs, *outputs)
+
+
+def _backward_body(dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, recompute: bool) -> Outputs:
+    if next_weight is None:
+        dpre = torch.ops.aten.gelu_backward(dy, pre, approximate=approximate)
+    else:
+        dpre = dy @ next_weight
+        torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate=approximate, grad_input=dpre)
+    activation = F.gelu(pre, approximate=approximate) if recompute else pre.new_empty(0)
+    return dpre, dpre.sum(0, dtype=torch.float32), activation
+
+
+def _backward_outputs(
+    dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, recompute: bool
+) -> Outputs:
+    activation = torch.empty_like(pre) if recompute else pre.new_empty(0)
+    return torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32), activation
+
+
+def _backward_launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    dy, next_weight, pre, approximate, recompute = inputs
+    dpre, dbias, activation = outputs
+    if next_weight is not None and _misfit(dy, next_weight):
+        dy, next_weight = torch.mm(dy, next_weight, out=dpre), None
+    kernel(dy, next_weight, pre, approximate, dpre, dbias, activation if recompute else None)
+
+
+def _misfit(*matrices: Tensor) -> str | None:
+    """What of these matrices cuBLASLt's epilogues cannot take: they move 16 bytes at a time."""
+    for matrix in matrices:
+        if matrix.shape[1] % 8:
+            return f"its epilogues take rows of a multiple of 8 numbers, and one here has {matrix.shape[1]}"
+        if matrix.storage_offset() * matrix.element_size() % 16:
+            return "its epilogues take tensors that begin at a multiple of 16 bytes, and one here does not"
+    return None
+
+
+def _cuda_refusal(approximate: str, *matrices: Tensor) -> str | None:
+    if approximate != "tanh":
+        return "cuBLASLt's epilogues have GELU in its tanh form alone"
+    if matrices[0].dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "it multiplies float32 in float32, and TF32 is set"
+    return _misfit(*matrices)
+
+
+def _cuda_forward_refusal(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> str | None:
+    return _cuda_refusal(approximate, x, weight, bias[None])
+
+
+def _cuda_backward_refusal(
+    dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, *_: Any
+) -> str | None:
+    return _cuda_refusal(approximate, pre)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, weight, _, ctx.approximate, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx: Any, dactivation: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    x, weight, pre = ctx.saved_tensors
+    dpre, dbias, _ = _op.differentiate(dactivation.contiguous(), None, pre, ctx.approximate, False, backend=ctx.backend)
+    needs_x, needs_weight = ctx.needs_input_grad[-5:-3]  # from the end: autograd's node of an op may have one more
+    dx = dpre @ weight if needs_x else None
+    dweight = dpre.t() @ x if needs_weight else None
+    return dx, dweight, dbias.to(weight.dtype), None
+
+
+_op = declare(
+    "linear_gelu",
+    Pass(_SCHEMA, _body, _outputs, _launch, supports={"cuda": _cuda_forward_refusal}),
+    backends=("cuda", "triton"),
+    backward=Pass(
+        _BACKWARD_SCHEMA,
+        _backward_body,
+        _backward_outputs,
+        _backward_launch,
+        supports={"cuda": _cuda_backward_refusal},
+    ),
+    gradient=Gradient(_setup_context, _backward),
+    timed=True,
+)

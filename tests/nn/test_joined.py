@@ -1,0 +1,95 @@
+"""Linear layers as one product: same numbers, same gradients, wherever their parameters lie."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from erd_fast.nn.joined import join, joined_linear
+
+
+class Noted(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def layers() -> list[nn.Linear]:
+    return [nn.Linear(8, rows) for rows in (12, 12, 4)]
+
+
+def results(joined: list[nn.Linear], x: Tensor) -> list[Tensor]:
+    output = joined_linear(x, joined)
+    parameters = [parameter for layer in joined for parameter in layer.parameters()]
+    return [output, *torch.autograd.grad(output.square().sum(), [x, *parameters])]
+
+
+def separately(apart: list[nn.Linear], x: Tensor) -> list[Tensor]:
+    output = torch.cat([layer(x) for layer in apart], dim=-1)
+    parameters = [parameter for layer in apart for parameter in layer.parameters()]
+    return [output, *torch.autograd.grad(output.square().sum(), [x, *parameters])]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Sums of at most 28 products in another order."""
+    for value, wanted in zip(found, expected, strict=True):
+        assert (value - wanted).abs().max() <= 28 * 2.0**-24 * wanted.abs().max() * 4
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_one_product_is_all_of_them(joined):
+    torch.manual_seed(0)
+    some, x = layers(), torch.randn(5, 8, requires_grad=True)
+    expected = separately(some, x)
+    if joined:
+        join(some)
+    close(results(some, x), expected)
+    close(separately(some, x), expected)
+
+
+def test_joined_weights_are_one_matrix_without_a_copy():
+    some, x = layers(), torch.randn(5, 8)
+    before = [layer.weight.clone() for layer in some]
+    join(some)
+    place = some[0].weight.data_ptr()
+    join(some)  # a second time moves nothing
+    assert some[0].weight.data_ptr() == place
+    for layer, weight in zip(some, before, strict=True):
+        assert torch.equal(layer.weight, weight) and layer.weight.data_ptr() == place
+        place += 4 * weight.numel()
+    with torch.no_grad():
+        some[1].weight.zero_()
+        some[1].bias.zero_()
+    assert joined_linear(x, some)[:, 12:24].abs().max() == 0  # so what is multiplied is the parameters themselves
+    with Noted() as mode:
+        joined_linear(x, some)
+    assert mode.seen and not any("cat" in name for name in mode.seen)
+
+
+def test_gradients_are_parts_of_one():
+    some, x = layers(), torch.randn(5, 8)
+    join(some)
+    joined_linear(x, some).sum().backward()
+    place = some[0].weight.grad.data_ptr()
+    for layer in some:
+        assert layer.weight.grad.data_ptr() == place
+        place += 4 * layer.weight.numel()
+
+
+def test_a_copy_stays_joined_and_a_moved_part_is_copied():
+    torch.manual_seed(0)
+    some, x = layers(), torch.randn(5, 8, requires_grad=True)
+    expected = separately(some, x)
+    join(some)
+    close(results(copy.deepcopy(some), x), expected)
+    some[1].weight.data = some[1].weight.data.clone()
+    close(results(some, x), expected)

@@ -1,0 +1,52 @@
+"""Recipes in place of saved tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erd_fast.nn.rebuild import rebuilt
+
+CALLS: list[None] = []
+
+
+def halved(x: Tensor) -> Tensor:
+    CALLS.append(None)
+    return (0.5 * x).detach()
+
+
+@pytest.mark.parametrize("recipe", [True, False])
+def test_the_backward_pass_makes_the_tensor_again(recipe):
+    CALLS.clear()
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    y = 0.5 * x
+    if recipe:
+        with rebuilt(y, lambda: halved(x)):
+            out = F.linear(y, weight)
+    else:
+        out = F.linear(y, weight)
+    assert not CALLS
+    place, storage = y.data_ptr(), y.untyped_storage()
+    storage.resize_(0 if recipe else storage.nbytes())  # nobody needs what is in it any more
+    del y
+    dx, dweight = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+    assert place and len(CALLS) == recipe
+    assert torch.allclose(dweight, (0.5 * x).sum((0, 1)).expand(4, -1), atol=1e-5)
+    assert torch.allclose(dx, 0.5 * weight.sum(0).expand_as(x), atol=1e-5)
+
+
+def test_other_tensors_are_kept():
+    CALLS.clear()
+    x, other = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    y = 0.5 * x
+    with rebuilt(y, lambda: halved(x)), torch.no_grad():
+        part = y[:2]
+    with rebuilt(y, lambda: halved(x)):
+        product = other * other.detach() * part.sum() + y.detach()[:2].sum() * other
+    (gradient,) = torch.autograd.grad(product.sum(), other)
+    assert not CALLS and gradient.isfinite().all()
+
+
+def test_without_gradients_there_is_nothing_to_keep():
+    with torch.no_grad(), rebuilt(torch.ones(3), lambda: pytest.fail("made again")):
+        assert F.linear(torch.ones(3), torch.ones(2, 3)).tolist() == [3, 3]

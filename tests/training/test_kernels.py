@@ -1,0 +1,60 @@
+"""Runs and kernels: what a run stores of its choices, and that kernels change numbers by their rounding alone."""
+
+import json
+
+import pytest
+import torch
+
+from erd_fast.errors import ConfigError
+from erd_fast.ops import OPS
+from erd_fast.training.loop import train
+from run_folders import terminate
+
+
+def test_a_run_keeps_which_backends_it_took_and_goes_on_with_its_choices(tmp_path, tiny, at_step):
+    config, file = tiny(), tmp_path / "run" / "kernels.json"
+    at_step(3, terminate)
+    with pytest.raises(SystemExit):
+        train(config, tmp_path / "run")
+    stored = json.loads(file.read_text())
+    assert {"draw", "q_sample", "diffusion_loss", "attention", "linear_gelu"} <= set(stored["used"])
+    assert all(forms for forms in stored["choices"].values())
+    file.write_text(json.dumps({"choices": {"attention": {"of another machine": "triton"}}}))
+    train(config, tmp_path / "run")
+    kept = json.loads(file.read_text())["choices"]
+    assert kept["attention"].pop("of another machine") == "triton" and kept == stored["choices"]
+
+
+def test_a_deterministic_run_chooses_nothing_by_time(tmp_path, tiny):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        train(tiny(train={"deterministic": True}), tmp_path / "run")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert json.loads((tmp_path / "run" / "kernels.json").read_text())["choices"] == {}
+
+
+def test_damaged_choices_are_named(tmp_path, tiny, at_step):
+    at_step(3, terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(), tmp_path / "run")
+    (tmp_path / "run" / "kernels.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"kernels\.json: given \[1\], allowed backends by op"):
+        train(tiny(), tmp_path / "run")
+
+
+def test_plain_pytorch_and_kernels_train_alike_and_may_take_turns(tmp_path, tiny, training_lines, at_step):
+    """The same losses but for float32 rounding, and a run may change in the middle."""
+    losses = {}
+    for name in ("on", "off"):
+        OPS["residual_ada_layer_norm"].used = None
+        train(tiny(model={"kernels": name}), tmp_path / name)
+        assert (OPS["residual_ada_layer_norm"].used is None) == (name == "off")
+        losses[name] = [line["loss"] for line in training_lines(tmp_path / name)]
+    at_step(3, terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(), tmp_path / "turns")
+    train(tiny(model={"kernels": "off"}), tmp_path / "turns")
+    losses["turns"] = [line["loss"] for line in training_lines(tmp_path / "turns")]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)
+    assert losses["turns"] == pytest.approx(losses["off"], rel=1e-4)
