@@ -3,6 +3,7 @@
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
+# make soak    what takes longer than a test may: runs with kernels and without learn alike
 # make bench   measure the ops on this machine: bench/results/<machine>/ops.json, then the tables of the documents
 # make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops or
 #              attention is one
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention wheel wheel-check clean
+.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
@@ -39,6 +40,9 @@ train: setup
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10
+
+soak: dev
+	$(BIN)/python -m pytest -m soak -s tests/soak
 
 lint: dev
 	$(BIN)/ruff check .

@@ -55,9 +55,8 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     No second derivative, but in ``reference``.
     """
     _check(qkv, num_heads)
-    device = qkv.device.type
-    if torch.is_autocast_enabled(device):
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    if _in_autocast(qkv):
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if reference_needed():
         return attention_reference(qkv, num_heads)
     if _left_to_torch(qkv):
@@ -83,6 +82,11 @@ def _check(qkv: Tensor, num_heads: int) -> None:
             f"multiple of the {num_heads} heads"
         )
     check_dtype("attention", "qkv", qkv, torch.float32, *_HALVES)
+
+
+def _in_autocast(qkv: Tensor) -> bool:
+    device = qkv.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _left_to_torch(qkv: Tensor) -> bool:
@@ -134,33 +138,20 @@ def _efficient(qkv: Tensor, num_heads: int) -> Outputs:
         return _sdpa(qkv, num_heads)
 
 
-def _flash_attn_2(qkv: Tensor, num_heads: int) -> Outputs:
-    from flash_attn import flash_attn_qkvpacked_func
+def _flash_attn(module: str, packed: bool = True) -> Callable[[Tensor, int], Outputs]:
+    """A version of flash-attention, which takes (N, T, 3, H, K), or q, k and v of (N, T, H, K)."""
 
-    return _packed(flash_attn_qkvpacked_func, qkv, num_heads)
+    def call(qkv: Tensor, num_heads: int) -> Outputs:
+        n, t, row = qkv.shape
+        heads = qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
+        functions, deterministic = importlib.import_module(module), _deterministic()
+        if packed:
+            found = functions.flash_attn_qkvpacked_func(heads, deterministic=deterministic)
+        else:
+            found = functions.flash_attn_func(*heads.unbind(2), deterministic=deterministic)
+        return ((found[0] if isinstance(found, tuple) else found).flatten(2),)  # some versions give lse too
 
-
-def _flash_attn_3(qkv: Tensor, num_heads: int) -> Outputs:
-    from flash_attn_interface import flash_attn_qkvpacked_func
-
-    return _packed(flash_attn_qkvpacked_func, qkv, num_heads)
-
-
-def _flash_attn_4(qkv: Tensor, num_heads: int) -> Outputs:
-    from flash_attn.cute import flash_attn_func
-
-    return _flat(flash_attn_func(*_heads(qkv, num_heads), deterministic=_deterministic()))
-
-
-def _packed(function: Callable[..., Any], qkv: Tensor, num_heads: int) -> Outputs:
-    n, t, row = qkv.shape
-    packed = qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
-    return _flat(function(packed, deterministic=_deterministic()))
-
-
-def _flat(found: Any) -> Outputs:
-    """(N, T, H, K), which some versions give together with lse, to (N, T, D)."""
-    return ((found[0] if isinstance(found, tuple) else found).flatten(2),)
+    return call
 
 
 def _deterministic() -> bool:
@@ -194,7 +185,9 @@ def _installed(module: str) -> bool:
 
 @functools.cache
 def _cudnn_is_late() -> bool:
-    """Whether PyTorch too tries cuDNN after the others."""
+    """Whether PyTorch itself tries cuDNN after the others here."""
+    if not torch.cuda.is_available():
+        return False
     version = torch.backends.cudnn.version() or 0
     return version <= _CUDNN_READS_BEYOND or torch.cuda.get_device_capability()[0] not in (9, 10)
 
@@ -258,8 +251,7 @@ def _wide(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 def _exact(qkv: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block in which autocast does not make matrix products narrower."""
-    device = qkv.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(qkv.device.type, enabled=False) if _in_autocast(qkv) else contextlib.nullcontext()
 
 
 def _body(qkv: Tensor, num_heads: int) -> Outputs:
@@ -336,6 +328,7 @@ _op = declare(
         _backward_body,
         _backward_outputs,
         _launch,
+        supports={"triton": lambda dout, qkv, *rest: _against_triton(qkv, rest[-1])},
     ),
     gradient=Gradient(_setup_context, _backward),
     backends=BACKENDS,
@@ -343,11 +336,13 @@ _op = declare(
         "cudnn": Library(_cudnn, _absence((8, 9, 10, 12)), late=_cudnn_is_late),
         "flash": Library(_flash, lambda: None, device=""),
         "flash-attn-2": Library(
-            _flash_attn_2, _absence((8, 9, 10, 12), "flash_attn_2_cuda", "pip install flash-attn --no-build-isolation")
+            _flash_attn("flash_attn"),
+            _absence((8, 9, 10, 12), "flash_attn_2_cuda", "pip install flash-attn --no-build-isolation"),
         ),
-        "flash-attn-3": Library(_flash_attn_3, _absence((9,), "flash_attn_interface", _HOPPER)),
+        "flash-attn-3": Library(_flash_attn("flash_attn_interface"), _absence((9,), "flash_attn_interface", _HOPPER)),
         "flash-attn-4": Library(
-            _flash_attn_4, _absence((9, 10), "flash_attn.cute", "pip install flash-attn-4")
+            _flash_attn("flash_attn.cute", packed=False),
+            _absence((9, 10), "flash_attn.cute", "pip install flash-attn-4"),
         ),
         "efficient": Library(_efficient, _absence()),
     },

@@ -149,9 +149,9 @@ class Op:
             return named
         if self.timed:
             chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args)
-            # Stored elsewhere, it may be missing here.
-            if chosen is not None and not self._is_dropped(self.forward, chosen, args) and not self.refusal(chosen, *args):
-                return chosen
+            if chosen is not None and self.refusal(chosen, *args) is None:  # stored elsewhere, it may be missing here
+                if not self._is_dropped(self.forward, chosen, args):
+                    return chosen
         return next(self.candidates(self.forward, args))
 
     def candidates(self, direction: Pass, args: Sequence[Any]) -> Iterator[str]:
@@ -159,7 +159,7 @@ class Op:
         on = _device_type(args)
         if on not in self._auto:
             here = [name for name in self.backends if self._takes(name) in (on, "") and self.refusal(name) is None]
-            self._auto[on] = tuple(sorted(here, key=self._lateness))
+            self._auto[on] = tuple(sorted(here, key=self.lateness))
         for name in self._auto[on]:
             if direction.reason_against(name, tuple(args)) is None and not self._is_dropped(direction, name, args):
                 yield name
@@ -193,8 +193,7 @@ class Op:
         return self.run(direction, *inputs, "")
 
     def _call_library(self, backend: str, args: tuple[Any, ...]) -> Outputs:
-        """A backend that is somebody else's, with what :meth:`run` does where it fails. (Where its gradient does, it is
-        too late.)"""
+        """As :meth:`run`, on a library. (Where its gradient fails, the forward pass is long over.)"""
         self._note(backend)
         try:
             return self.libraries[backend].call(*args)
@@ -203,10 +202,10 @@ class Op:
         return self(*args)
 
     def _drop(self, direction: Pass, backend: str, inputs: Sequence[Any], error: Exception) -> None:
-        """Warn and go on without ``backend`` for arguments of this form; within ``except``, raise again if there is no
-        other to take."""
-        lasting = not isinstance(error, torch.OutOfMemoryError)
-        if not lasting or backend in ("reference", asked_for(self.name, self.backends)):
+        """Warn, and go without ``backend`` for arguments of this form. Raise the error again where that was the only
+        one to take, or where memory was short."""
+        named = asked_for(self.name, self.backends)
+        if isinstance(error, torch.OutOfMemoryError) or backend in ("reference", named):
             raise error
         self._dropped.add((direction.direction, backend, form_of(inputs)))
         warnings.warn(
@@ -243,8 +242,8 @@ class Op:
     def _is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
         return bool(self._dropped) and (direction.direction, backend, form_of(args)) in self._dropped
 
-    def _lateness(self, backend: str) -> int:
-        """The order in which ``auto`` tries groups of backends."""
+    def lateness(self, backend: str) -> int:
+        """``auto`` tries those with the lowest number first."""
         if backend == "reference":
             return 2
         return int(backend in self.libraries and self.libraries[backend].late())
@@ -383,7 +382,7 @@ def explain(op: str, *args: Any, **how: Any) -> str:
             return f"{op} takes its differentiable reference: the call is within a transform, or needs a gradient"
         finally:
             _explaining.reset(token)
-    names = dict.fromkeys((*declared.backends[:-1], *BACKENDS))
+    names = dict.fromkeys((*sorted(declared.backends, key=declared.lateness)[:-1], *BACKENDS))
     refusals = {backend: declared.refusal(backend, *flat) for backend in names}
     named = asked_for(op, declared.backends)
     if named:
