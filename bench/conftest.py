@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """All cases of the file's op, and all variants; nothing large or compiled where pytest-benchmark only tries them
     out."""
     op = metafunc.module.__name__.rpartition("bench_")[2]
-    mine = [case for case in cases(DEVICE) if case.group == f"ops/{op}"]
+    mine = [case for case in cases("ops", DEVICE) if case.group == f"ops/{op}"]
     trying = metafunc.config.getoption("benchmark_disable") or hasattr(metafunc.config, "workerinput")
     if trying:
         mine = _smallest(mine)

@@ -1,4 +1,4 @@
-"""Measure or test on this machine: ``python bench/run.py ops|tests``, which ``make bench`` and ``make gpu`` do.
+"""Measure or test on this machine: ``python bench/run.py ops|attention|tests``, as ``make bench`` and ``make gpu`` do.
 
 Results go to ``bench/results/<machine>/<part>.json``, and a short table comes last.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from erd_fast.benchmark.ops import bench_ops
+from erd_fast.benchmark.ops import bench
 from erd_fast.benchmark.records import Record, machine, machine_name, table, write_records
 from erd_fast.files import make_folder, write_json
 
@@ -26,7 +26,12 @@ COUNTED = ("passed", "failed", "skipped")
 
 def ops(file: Path) -> int:
     """`erd-fast bench ops`."""
-    return _measured(file, bench_ops(limit=GPU_SECONDS if torch.cuda.is_available() else None))
+    return _measured(file, bench("ops", limit=GPU_SECONDS if torch.cuda.is_available() else None))
+
+
+def attention(file: Path) -> int:
+    """`erd-fast bench attention`."""
+    return _measured(file, bench("attention", limit=GPU_SECONDS if torch.cuda.is_available() else None))
 
 
 def _measured(file: Path, measuring: Iterable[Record]) -> int:
@@ -74,7 +79,7 @@ class Outcomes:
             self.failed.append(report.nodeid)
 
 
-PARTS: dict[str, Callable[[Path], int]] = {"ops": ops, "tests": tests}
+PARTS: dict[str, Callable[[Path], int]] = {"ops": ops, "attention": attention, "tests": tests}
 
 
 def main() -> int:

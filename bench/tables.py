@@ -23,6 +23,7 @@ RATES: dict[str, tuple[str, Callable[[float], str]]] = {
     "images/s": ("images_per_sec", lambda rate: _short(rate)),
     "TFLOP/s": ("tflops", lambda rate: _short(rate)),
     "MFU": ("mfu", "{:.1%}".format),
+    "gradient off": ("gradient_off", "{:.1e}".format),
     "GiB": ("peak_bytes", lambda count: f"{count / 2**30:.3g}"),
     "GiB eager": ("peak_bytes", lambda count: f"{count / 2**30:.3g}"),
 }

@@ -179,10 +179,11 @@ class Bench:
     """Measure throughput beside eager PyTorch and torch.compile.
 
     ops: each op on each backend that is here, the ops of a step together, blocks and whole models. A backend is checked
-    before it is timed; all variants of a case are timed in turn (2 CPU cores: 6 to 8 minutes).
+    before it is timed; all variants of a case are timed in turn (2 CPU cores: 5 to 7 minutes).
+    attention: PyTorch's, flash-attn's where they are installed, and ours, on the sequences of the models.
     """
 
-    what: tyro.conf.Positional[Literal["ops"]]
+    what: tyro.conf.Positional[Literal["ops", "attention"]]
     """What to measure."""
     filter: str = ""
     """Only cases whose name contains this: N=64, "q_sample drawn", model/DiT-S/2; without it the usual ones."""
@@ -192,10 +193,10 @@ class Bench:
     """Time for each variant of each case."""
 
     def __call__(self) -> None:
-        from erd_fast.benchmark.ops import bench_ops
+        from erd_fast.benchmark.ops import bench
         from erd_fast.benchmark.records import table, write_records
 
-        records = list(bench_ops(self.filter, self.seconds))
+        records = list(bench(self.what, self.filter, self.seconds))
         print(table(records))
         if self.json is not None:
             write_records(self.json, records)

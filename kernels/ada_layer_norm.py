@@ -39,16 +39,17 @@ _SUMS = 512  # numbers that one program adds over the chunks
 # vectors of each, 4 to 12. At 1152 columns of a float32 stream with bfloat16 branches an sm_90 multiprocessor has
 # room (Triton 3.8) for 28 rows forward, of 68 registers, and backward for 4 programs of 4 warps, 128 registers and
 # 31 KB: 4 rows in hand and 8 on their way, 110 KB, where about 20 hide the latency of memory. Two warps (215 registers)
-# have no more rows and half the warps; eight (80) issue 1.6 times the instructions. Beyond 5120 columns the sums alone
-# are 96 KB of registers, and some values spill.
-_FORWARD_WARPS = {1536: 1, 3072: 2, 6144: 4, 8192: 8}
+# have no more rows and half the warps; eight (80) issue 1.6 times the instructions. Beyond 4096 columns the sums alone
+# are a third of all registers, and some values spill.
+_FORWARD_WARPS = {1536: 1, 3072: 2, 8192: 8}
 _BACKWARD_WARPS = {256: 1, 512: 2, 1536: 4, 3072: 8, 5120: 16, 8192: 32}
-ONCE = tl.constexpr("evict_first")  # rows are read once, and give way in the caches to what is read again
+# Rows are read once, and give way in the caches to what is read again.
+ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("")
 
 
 @triton.jit
 def _load(
-    ptr, offset, inside, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""
+    ptr, offset, inside, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr
 ):
     """D numbers in fp32, as two blocks; 0 past D, and everywhere if not ``inside``."""
     ptr = tl.multiple_of(ptr + offset, VEC * ptr.dtype.element_ty.primitive_bitwidth // 8)
@@ -143,7 +144,7 @@ def _ada_layer_norm_fwd_kernel(
             branch_a, branch_b = _load(branch_ptr, row * D, True, D, A, B, VEC, ONCE)
             gate_a, gate_b = None, None
             if gate_ptr is not None:
-                gate_a, gate_b = _load(gate_ptr, n * stride_gate_n, True, D, A, B, VEC)
+                gate_a, gate_b = _load(gate_ptr, n * stride_gate_n, True, D, A, B, VEC, AGAIN)
             x_a = _joined(x_a, branch_a, gate_a, x_ptr.dtype.element_ty)
             x_b = _joined(x_b, branch_b, gate_b, x_ptr.dtype.element_ty)
         if x_out_ptr is not None:
@@ -156,8 +157,8 @@ def _ada_layer_norm_fwd_kernel(
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)
 
-        scale_a, scale_b = _load(scale_ptr, n * stride_scale_n, True, D, A, B, VEC)
-        shift_a, shift_b = _load(shift_ptr, n * stride_shift_n, True, D, A, B, VEC)
+        scale_a, scale_b = _load(scale_ptr, n * stride_scale_n, True, D, A, B, VEC, AGAIN)
+        shift_a, shift_b = _load(shift_ptr, n * stride_shift_n, True, D, A, B, VEC, AGAIN)
         y_a = tl.fma(x_a * rstd, scale_a + offset, shift_a)
         y_b = tl.fma(x_b * rstd, scale_b + offset, shift_b)
         _store(y_ptr, row * D, True, y_a, y_b, D, A, B, VEC)
@@ -206,15 +207,15 @@ def _ada_layer_norm_bwd_kernel(
 ):
     n = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    scale_a, scale_b = _load(scale_ptr, n * stride_scale_n, True, D, A, B, VEC)
+    scale_a, scale_b = _load(scale_ptr, n * stride_scale_n, True, D, A, B, VEC, AGAIN)
     scale_a += offset
     scale_b += offset
     gate_a, gate_b = None, None
     if gate_ptr is not None:
-        gate_a, gate_b = _load(gate_ptr, n * stride_gate_n, True, D, A, B, VEC)
+        gate_a, gate_b = _load(gate_ptr, n * stride_gate_n, True, D, A, B, VEC, AGAIN)
     before_gate_a, before_gate_b = None, None
     if before_gate_ptr is not None:
-        before_gate_a, before_gate_b = _load(before_gate_ptr, n * stride_before_gate_n, True, D, A, B, VEC)
+        before_gate_a, before_gate_b = _load(before_gate_ptr, n * stride_before_gate_n, True, D, A, B, VEC, AGAIN)
 
     dshift_a, dshift_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
     dscale_a, dscale_b = dshift_a, dshift_b
@@ -361,7 +362,8 @@ def launch_forward(
     samples, tokens, width = x.shape
     if x.numel() == 0:
         return
-    num_warps = _warps(_FORWARD_WARPS, width)
+    elements = _aligned_elements(width, (x, branch, x_out, y), (gate, shift, scale))
+    num_warps = _warps(_FORWARD_WARPS, width) * (2 if elements == 1 else 1)  # addresses take registers too
     rows = 1 if samples * tokens <= _FEW_ROWS else 4
     programs = triton.cdiv(tokens, rows)
     _ada_layer_norm_fwd_kernel[(samples * programs,)](
@@ -384,7 +386,7 @@ def launch_forward(
         eps,
         D=width,
         **_blocks(width, 32 * num_warps),
-        VEC=_aligned_elements(width, (x, branch, x_out, y), (gate, shift, scale)),
+        VEC=elements,
         THREADS=32 * num_warps,
         num_warps=num_warps,
         enable_fp_fusion=False,

@@ -27,9 +27,10 @@ def hold(
     plain: Callable[..., Tensors],
     inputs: Callable[[int], Tensors],
     names: Sequence[str],
+    seeds: int = SEEDS,
 ) -> None:
     """Run ``held`` and ``plain`` (PyTorch in the dtypes of the inputs) on the inputs of each seed, and compare both
-    with ``plain`` in float64. Integers and None stay as they are."""
+    with ``plain`` in float64. Integers and None stay as they are. What is slow is held on the first ``seeds``."""
     found, allowed = [], {name: [0.0, 0.0] for name in names}
     for seed in range(SEEDS):
         given = inputs(seed)
@@ -37,7 +38,8 @@ def hold(
         for name, value, truth in zip(names, plain(*given), truths, strict=True):
             if value is not None and truth is not None:
                 allowed[name] = [max(pair) for pair in zip(allowed[name], errors(value, truth), strict=True)]
-        found.append((held(*given), truths))
+        if seed < seeds:
+            found.append((held(*given), truths))
     for seed, (values, truths) in enumerate(found):
         for name, value, truth in zip(names, values, truths, strict=True):
             assert (value is None) == (truth is None), name

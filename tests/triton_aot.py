@@ -28,7 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from erd_fast.kernels import ada_layer_norm, diffusion_loss, draw, linear_gelu, q_sample, residual_ada_layer_norm
+from erd_fast.kernels import (
+    ada_layer_norm,
+    attention,
+    diffusion_loss,
+    draw,
+    linear_gelu,
+    q_sample,
+    residual_ada_layer_norm,
+)
 
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -154,6 +162,17 @@ def _vectors(count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> lis
     return list(empty(256, 28 * 6 * width, dtype=dtype)[:, : count * width].chunk(count, dim=1))
 
 
+def _attention(
+    tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 16, backward: bool = False
+) -> None:
+    width, lse = heads * head_dim, empty(64, heads, tokens)
+    qkv, out = empty(64, tokens, 3 * width, dtype=dtype), empty(64, tokens, width, dtype=dtype)
+    if backward:
+        attention.backward(out, qkv, out, lse, heads, qkv)
+    else:
+        attention.forward(qkv, heads, out, lse)
+
+
 def _ada_layer_norm(width: int, dtype: torch.dtype = torch.float32, affine: bool = False) -> None:
     x, y = empty(256, 256, width, dtype=dtype), empty(256, 256, width, dtype=torch.bfloat16)
     shift, scale = [empty(width).expand(256, width)] * 2 if affine else _vectors(2, width)
@@ -245,6 +264,12 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "linear_gelu backward erf fp32 again": lambda: _linear_gelu(torch.float32, 1536, "none", True, True, 255),
     "linear_gelu backward 1153 wide again": lambda: _linear_gelu(width=1153, backward=True, again=True),
     "linear_gelu backward 24 wide": lambda: _linear_gelu(width=24, backward=True),
+    "attention 256x72": lambda: _attention(256, 72),
+    "attention 258x64 fp16": lambda: _attention(258, 64, torch.float16),
+    "attention 64x32 fp32": lambda: _attention(64, 32, torch.float32),
+    "attention backward 256x72": lambda: _attention(256, 72, backward=True),
+    "attention backward 258x64 fp16": lambda: _attention(258, 64, torch.float16, backward=True),
+    "attention backward 64x32 fp32": lambda: _attention(64, 32, torch.float32, backward=True),
 }
 
 

@@ -1,4 +1,5 @@
-"""`erd-fast bench ops`: every backend beside eager PyTorch and torch.compile, checked before it is timed."""
+"""`erd-fast bench ops` and `bench attention`: every backend beside eager PyTorch and torch.compile, checked before it
+is timed."""
 
 import collections
 import contextlib
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from erd_fast.benchmark.attention import attention_cases
 from erd_fast.benchmark.block_cases import block_cases
 from erd_fast.benchmark.model_cases import model_cases
 from erd_fast.benchmark.op_cases import op_cases
 from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.timing import Sampler, Timing, captured, interleaved, wall
-from erd_fast.benchmark.workload import Case, Tensors, Variant, Workload, call_of, running
+from erd_fast.benchmark.workload import Case, Deviation, Tensors, Variant, Workload, call_of, running
 from erd_fast.errors import BackendUnavailableError, ConfigError, RunError
 from erd_fast.ops import OPS, choices, use_backend
 from erd_fast.training.metrics import peak_tflops
@@ -26,14 +28,16 @@ _COPY_BYTES = 256 << 20  # on a CPU; four times as many on a GPU
 _MATRIX = 1024  # on a CPU; eight times as many rows on a GPU
 
 
-def cases(device: torch.device) -> list[Case]:
-    """Every case that can be measured on ``device``, in the order in which they are."""
+def cases(what: str, device: torch.device) -> list[Case]:
+    """Every case that can be measured on ``device``, in the order in which they are: of ``ops`` or ``attention``."""
+    if what == "attention":
+        return [*attention_cases(device)]
     return [*op_cases(device), *block_cases(device), *model_cases(device)]
 
 
-def bench_ops(pattern: str = "", seconds: float = 0.3, limit: float | None = None) -> Iterator[Record]:
-    """Records of the cases whose ``group case`` contains ``pattern``, as they are measured; ``N=8`` is not ``N=8192``.
-    Without a pattern, of the usual cases.
+def bench(what: str, pattern: str = "", seconds: float = 0.3, limit: float | None = None) -> Iterator[Record]:
+    """Records of the cases of ``what`` whose ``group case`` contains ``pattern``, as they are measured; ``N=8`` is not
+    ``N=8192``. Without a pattern, of the usual cases.
 
     What the machine can do comes first: the bandwidth of a plain copy and, where a case has matrix products, a large
     one. What is being measured is said on stderr. Once ``limit`` seconds have passed no case is begun, and those left
@@ -44,7 +48,7 @@ def bench_ops(pattern: str = "", seconds: float = 0.3, limit: float | None = Non
     """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = _matching(pattern, device)
+    chosen = _matching(pattern, cases(what, device))
     _say("machine copy")
     yield _copy(device, seconds)
     if any(case.multiplies for case in chosen):
@@ -59,8 +63,7 @@ def bench_ops(pattern: str = "", seconds: float = 0.3, limit: float | None = Non
         yield from bench_case(case, device, seconds)
 
 
-def _matching(pattern: str, device: torch.device) -> list[Case]:
-    every = cases(device)
+def _matching(pattern: str, every: list[Case]) -> list[Case]:
     found = re.compile(re.escape(pattern) + r"(?!\d)")
     chosen = [case for case in every if (found.search(f"{case.group} {case.name}") if pattern else case.usual)]
     if not chosen:
@@ -75,6 +78,7 @@ class _Prepared(NamedTuple):
     sampler: Sampler
     ran: str
     peak_bytes: int | None
+    errors: list[float]
 
 
 def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Record]:
@@ -98,7 +102,7 @@ def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Rec
     del expected
     timings = interleaved([found.sampler for found in prepared.values()], seconds) if prepared else []
     for (variant, found), timing in zip(prepared.items(), timings, strict=True):
-        yield _record(case, variant._replace(backend=found.ran), timing, workload, found.peak_bytes, device)
+        yield _record(case, variant.name, found, timing, workload, device)
 
 
 def _leave_out(what: str, error: Exception) -> None:
@@ -124,16 +128,18 @@ def truth(workload: Workload) -> Tensors:
         return workload.ours(0)
 
 
-def check(case: Case, workload: Workload, variant: Variant, found: Tensors, expected: Tensors) -> None:
-    """Raise RunError where a variant that computes the numbers of :func:`truth` found others."""
+def check(case: Case, workload: Workload, variant: Variant, found: Tensors, expected: Tensors) -> list[Deviation]:
+    """Raise RunError where a variant that computes the numbers of :func:`truth` found others; how far it is off."""
     if not variant.ours:
         if workload.as_ours is None:
-            return
+            return []
         found = workload.as_ours(found)
-    for what, error, allowed in workload.compare(found, expected, variant.ours):
+    deviations = list(workload.compare(found, expected, variant.ours))
+    for what, error, allowed in deviations:
         if not error <= allowed:
             where = f"{case.group} {case.name}, {variant}"
             raise RunError(f"bench: {where}: {what} is {error:.3g} off, allowed {allowed:.3g}")
+    return deviations
 
 
 def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors, device: torch.device) -> _Prepared:
@@ -142,7 +148,7 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
         for op in case.ops:
             OPS[op].used = None
         with choices.probing() if variant.ours and not variant.backend else contextlib.nullcontext():
-            check(case, workload, variant, call(0), expected)
+            deviations = check(case, workload, variant, call(0), expected)
         ran = variant.backend or (_ran(case.ops) if variant.ours else "")
         peak_bytes = _peak_bytes(lambda: call(0)) if device.type == "cuda" else None
         calls = [functools.partial(call, copy) for copy in range(workload.copies)]
@@ -152,7 +158,7 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
         with running(workload, variant):
             return sampler.take()
 
-    return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes)
+    return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes, [deviation.error for deviation in deviations])
 
 
 def _ran(ops: tuple[str, ...]) -> str:
@@ -204,19 +210,21 @@ def _rates(timing: Timing, flops: int | None, device: torch.device) -> dict[str,
 
 
 def _record(
-    case: Case, variant: Variant, timing: Timing, workload: Workload, peak_bytes: int | None, device: torch.device
+    case: Case, variant: str, prepared: _Prepared, timing: Timing, workload: Workload, device: torch.device
 ) -> Record:
-    moved, images = workload.bytes_moved, workload.images
+    moved, images, errors = workload.bytes_moved, workload.images, prepared.errors
+    off: dict[str, Any] = {} if images is None else {"loss_off": errors[0], "gradient_off": max(errors[1:])}
     return Record(
         case.group,
         case.name,
-        variant.name,
-        variant.backend,
+        variant,
+        prepared.ran,
         **dataclasses.asdict(timing),
         **_rates(timing, workload.flops, device),
+        **off,
         gb_per_s=None if moved is None else moved / timing.median_s / 1e9,
         images_per_sec=None if images is None else images / timing.median_s,
-        peak_bytes=peak_bytes,
+        peak_bytes=prepared.peak_bytes,
     )
 
 

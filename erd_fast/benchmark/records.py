@@ -38,6 +38,10 @@ class Record:
     mfu: float | None = None
     """That over what the datasheet promises."""
     images_per_sec: float | None = None
+    loss_off: float | None = None
+    """Of a model: relative difference of its loss from plain PyTorch in float32."""
+    gradient_off: float | None = None
+    """The same of that parameter's gradient which is off most, by norm."""
     peak_bytes: int | None = None
     """Most memory of the GPU that a call takes beside what was there before: inputs, parameters, and for a backward
     pass alone what its forward pass kept."""
@@ -100,6 +104,7 @@ _MORE: dict[str, tuple[str, Callable[[float], str]]] = {
     "tflops": ("TFLOP/s", "{:.3g}".format),
     "mfu": ("MFU", "{:.1%}".format),
     "images_per_sec": ("images/s", "{:.1f}".format),
+    "gradient_off": ("gradient off", "{:.1e}".format),
     "peak_bytes": ("peak GiB", lambda count: f"{count / 2**30:.3f}"),
 }
 """Columns that some records have: head, and how a value is written."""

@@ -112,6 +112,7 @@ class Workload:
     flops: int | None = None
     """Of matrix products, 2 a multiply-add, without what is computed again."""
     images: int | None = None
+    """Of a model, whose results are its loss and its gradients."""
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from erd_fast.ops.arguments import check_dtype
 from erd_fast.ops.backends import asked_for, interpreted
-from erd_fast.ops.declare import Gradient, Library, Outputs, Pass, declare, reference_needed
+from erd_fast.ops.declare import Gradient, Library, Outputs, Pass, declare, dispatched, reference_needed
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOST_TOKENS = 512  # of our kernel
@@ -44,13 +44,13 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     tensor. Moves, times the size of an element: 3 T D in and T D out a sample, backward 5 T D in and 3 T D out; the
     T x T scores stay on the chip, but in ``reference``.
 
-    Backends, in the order of ``auto``, are PyTorch's own ``cudnn`` and ``flash``, flash-attention's packages where they
-    are installed, PyTorch's ``efficient``, and our ``triton`` (T up to 512, K of 16 to 128). Where a run times them, the
-    fastest for the form of ``qkv`` replaces the order. cuDNN is first on compute capability 9 and 10 and last on others,
-    as PyTorch itself has it; ``efficient`` stands before ``triton`` since what reaches it is float32, which it multiplies
-    on tensor cores in three parts, and ours nowhere. On a CPU ``flash`` is PyTorch's kernel for CPUs. Within
-    torch.compile, on the meta device and under a dispatch mode PyTorch chooses, unless ``triton`` or ``reference`` was
-    asked for by name when the graph was made.
+    Backends, in the order of ``auto``: PyTorch's own ``cudnn`` and ``flash``, flash-attention's packages where they are
+    installed, PyTorch's ``efficient``, and our ``triton`` (T up to 512, K of 16 to 128). Where a run times them, the
+    fastest for the form of ``qkv`` replaces the order. cuDNN is first on compute capability 9 and 10 and last on
+    others, as in PyTorch itself; ``efficient`` stands before ``triton`` since what gets so far is float32, which runs
+    on its tensor cores in three parts and on none of ours. On a CPU ``flash`` is PyTorch's kernel for CPUs. Within
+    torch.compile PyTorch chooses; so it does on the meta device and under a dispatch mode, unless ``triton`` or
+    ``reference`` was asked for by name.
 
     No second derivative, but in ``reference``.
     """
@@ -92,16 +92,11 @@ def _in_autocast(qkv: Tensor) -> bool:
 def _left_to_torch(qkv: Tensor) -> bool:
     """Whether this is no call of a kernel but a trace, or one that a dispatch mode or a tensor subclass has a part in:
     torch's own function is known to all of them."""
-    if not torch.compiler.is_compiling():
-        watched = torch._C._len_torch_dispatch_stack() or type(qkv) is not Tensor
-        if not watched and not qkv.is_meta:
-            return False
-    return _named() not in ("triton", "reference")
-
-
-@torch.compiler.assume_constant_result
-def _named() -> str | None:
-    return asked_for("attention", _op.backends)
+    if torch.compiler.is_compiling():
+        return True
+    if not qkv.is_meta and not dispatched((qkv,)):
+        return False
+    return asked_for("attention", _op.backends) not in ("triton", "reference")
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

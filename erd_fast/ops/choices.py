@@ -9,7 +9,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,11 @@ def probing() -> Iterator[None]:
         _probing = before
 
 
-def probe(op: Any, args: tuple[Any, ...]) -> str | None:
+def probe(op: Any, args: tuple[Any, ...], whole: Callable[[], Any] | None = None) -> str | None:
     """Within :func:`probing`, time the backends of ``op`` for ``args`` and store the fastest; elsewhere None.
 
-    The reference takes part only where nothing else can run.
+    The reference takes part only where nothing else can run. ``whole`` is timed in place of the op alone, where the op
+    is a part of something larger.
     """
     global _probing
     if not _probing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -92,7 +93,7 @@ def probe(op: Any, args: tuple[Any, ...]) -> str | None:
         for name in names if len(names) > 1 else ():
             with use_backend(**{op.name: name}):
                 try:
-                    seconds[name] = _time(op, args)
+                    seconds[name] = _time(whole or _call_of(op, args))
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
@@ -105,8 +106,8 @@ def probe(op: Any, args: tuple[Any, ...]) -> str | None:
     return best
 
 
-def _time(op: Any, args: tuple[Any, ...]) -> float:
-    """Seconds of one call, forward and, where an argument requires a gradient, backward."""
+def _call_of(op: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
+    """A call of the op, forward and, where an argument requires a gradient, backward."""
     inputs = [arg.detach().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args]
     with_gradient = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in inputs)
 
@@ -115,6 +116,12 @@ def _time(op: Any, args: tuple[Any, ...]) -> float:
         if with_gradient:
             leaves = [arg for arg in inputs if isinstance(arg, Tensor) and arg.requires_grad]
             torch.autograd.grad(output, leaves, output)
+
+    return call
+
+
+def _time(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
 
     def sample() -> float:
         began = _clock()

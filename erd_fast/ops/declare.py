@@ -121,7 +121,7 @@ class Op:
         if backend in self.libraries:
             return self._call_library(backend, args)
         # The dispatcher takes longer than a small batch's kernel, so a call in which it has no part goes without.
-        if _dispatched(args):
+        if dispatched(args):
             return self.forward.registered(*args, backend)
         if _with_gradient(args):
             with_formula = self.gradient is not None
@@ -131,12 +131,12 @@ class Op:
     def differentiate(self, *args: Any, backend: str) -> Outputs:
         """The backward pass, on the backend of the forward pass ("" within torch.compile)."""
         assert self.backward is not None
-        if torch.compiler.is_compiling() or _dispatched(args):
+        if torch.compiler.is_compiling() or dispatched(args):
             return self.backward.registered(*args, backend)
         return self.run(self.backward, *args, backend)
 
-    def choose(self, *args: Any) -> str:
-        """The backend for these arguments of the forward pass.
+    def choose(self, *args: Any, whole: Callable[[], Any] | None = None) -> str:
+        """The backend for these arguments of the forward pass; ``whole`` is what a timed op is timed in, if not alone.
 
         Raises:
             BackendUnavailableError: one was asked for by name and cannot run.
@@ -148,10 +148,9 @@ class Op:
                 raise BackendUnavailableError(self.name, named, *refusal)
             return named
         if self.timed:
-            chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args)
-            if chosen is not None and self.refusal(chosen, *args) is None:  # stored elsewhere, it may be missing here
-                if not self._is_dropped(self.forward, chosen, args):
-                    return chosen
+            chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args, whole)
+            if chosen is not None and self._can_take(chosen, args):  # stored elsewhere, it may be missing here
+                return chosen
         return next(self.candidates(self.forward, args))
 
     def candidates(self, direction: Pass, args: Sequence[Any]) -> Iterator[str]:
@@ -176,6 +175,9 @@ class Op:
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
         reason = self.forward.reason_against(backend, args)
         return None if reason is None else (reason, "take another backend for this call")
+
+    def _can_take(self, backend: str, args: tuple[Any, ...]) -> bool:
+        return self.refusal(backend, *args) is None and not self._is_dropped(self.forward, backend, args)
 
     def run(self, direction: Pass, *args: Any) -> Outputs:
         """A pass, with the schema's arguments and the backend's name; "" is still to be chosen.
@@ -299,7 +301,7 @@ def _device_type(args: Sequence[Any]) -> str:
     return next(arg for arg in args if isinstance(arg, Tensor)).device.type
 
 
-def _dispatched(args: tuple[Any, ...]) -> bool:
+def dispatched(args: tuple[Any, ...]) -> bool:
     """Whether torch's dispatcher has a part in this call besides autograd: a mode (fake tensors, tracing), a
     subclass."""
     if torch._C._len_torch_dispatch_stack():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erd_fast.ops.arguments import check_device, check_dtype, check_shape
-from erd_fast.ops.declare import Gradient, Outputs, Pass, _dispatched, declare, reference_needed
+from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, dispatched, reference_needed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FORMS = ("tanh", "none")
@@ -88,12 +88,21 @@ def gelu_mlp(
     tensors = _cast("gelu_mlp", x=x, weight=weight, bias=bias, next_weight=next_weight, next_bias=next_bias)
     if reference_needed():
         return gelu_mlp_reference(*tensors, approximate=approximate)
-    if torch.compiler.is_compiling() or _dispatched(tensors):
+    if torch.compiler.is_compiling() or dispatched(tensors):
         return F.linear(linear_gelu(*tensors[:3], approximate=approximate), *tensors[3:])
     x, *parameters = (tensor.contiguous() for tensor in tensors)
-    backend = _op.choose(x.view(-1, x.shape[-1]), *parameters[:2], approximate)
     again = x.device.type == "cuda" if recompute is None else recompute
-    return _GeluMlp.apply(x, *parameters, approximate, again, backend)
+    plain = (x, *parameters)
+
+    def whole() -> None:
+        """The MLP forward and backward, on the backend that is asked for while it is timed."""
+        leaves = [tensor.detach().requires_grad_() for tensor in plain]
+        with torch.enable_grad():
+            y = _GeluMlp.apply(*leaves, approximate, again, _op.choose(*flat))
+        torch.autograd.grad(y, leaves, y.detach())
+
+    flat = (x.view(-1, x.shape[-1]), *parameters[:2], approximate)
+    return _GeluMlp.apply(*plain, approximate, again, _op.choose(*flat, whole=whole))
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:

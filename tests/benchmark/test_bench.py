@@ -66,7 +66,7 @@ def test_the_command_prints_and_writes_every_variant(tmp_path, capsys, eager_in_
 def test_every_op_is_measured():
     """attention has a command of its own."""
     for device in (CPU, torch.device("cuda")):
-        assert {case.group for case in bench.cases(device)} >= {f"ops/{op}" for op in OPS if op != "attention"}
+        assert {case.group for case in bench.cases("ops", device)} >= {f"ops/{op}" for op in OPS if op != "attention"}
 
 
 def test_the_ops_on_latents_are_measured_at_every_size_and_a_gpu_has_the_calls_of_a_step_too():
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_said_and_left_out(monkeypatch, capsys, eager_in_pl
 
 def test_no_case_is_begun_after_the_limit(monkeypatch, capsys):
     monkeypatch.setattr(bench, "bench_case", lambda case, *_: [case])
-    assert len(list(bench.bench_ops("ops/draw", 0.001, limit=0.0))) == 1
+    assert len(list(bench.bench("ops", "ops/draw", 0.001, limit=0.0))) == 1
     assert "[2/5] ops/draw N=64: left out, 0 seconds have passed" in capsys.readouterr().err
 
 
@@ -173,7 +173,7 @@ def test_a_filter_without_a_case_is_refused():
     with pytest.raises(
         ConfigError, match="filter: given 'adam', allowed part of a case's name: ops/draw, ops/q_sample"
     ):
-        list(bench.bench_ops("adam"))
+        list(bench.bench("ops", "adam"))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_filter_takes_the_cases_that_contain_it(pattern, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench, "bench_case", lambda case, *_: [case])
     monkeypatch.setattr(bench, "_MATRIX", 8)
-    found = [case for case in bench.bench_ops(pattern, 0.001) if not isinstance(case, Record)]
+    found = [case for case in bench.bench("ops", pattern, 0.001) if not isinstance(case, Record)]
     assert len(found) == count and all(pattern in f"{case.group} {case.name}" for case in found)
     assert pattern != "N=8" or {case.size for case in found} == {8}
 
@@ -192,8 +192,8 @@ def test_a_filter_takes_the_cases_that_contain_it(pattern, count, monkeypatch):
 def test_a_large_product_is_measured_where_a_case_has_products(monkeypatch):
     monkeypatch.setattr(bench, "bench_case", lambda case, *_: [])
     monkeypatch.setattr(bench, "_MATRIX", 64)
-    assert [record.case for record in bench.bench_ops("q_sample", 0.001)] == ["copy"]
-    matmul = list(bench.bench_ops("linear_gelu", 0.001))[1]
+    assert [record.case for record in bench.bench("ops", "q_sample", 0.001)] == ["copy"]
+    matmul = list(bench.bench("ops", "linear_gelu", 0.001))[1]
     assert (matmul.group, matmul.case, matmul.gb_per_s) == ("machine", "matmul", None)
     side = 64 * (8 if torch.cuda.is_available() else 1)
     assert matmul.tflops == pytest.approx(2 * side**3 / matmul.median_s / 1e12)

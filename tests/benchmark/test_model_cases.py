@@ -59,6 +59,7 @@ def test_records_have_images_and_flops_and_the_backends_that_ran(eager_in_place_
     flops = model_flops(create_model("DiT-tiny/8", device="meta", depth=1))
     for record in records:
         assert (record.group, record.case, record.gb_per_s) == ("block/DiT-tiny/8", "N=2", None)
+        assert 0 <= record.loss_off < 1e-5 and 0 <= record.gradient_off < 1e-5
         assert record.images_per_sec == pytest.approx(2 / record.median_s)
         assert record.tflops == pytest.approx(3 * 2 * flops / record.median_s / 1e12)
 

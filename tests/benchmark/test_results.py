@@ -84,14 +84,15 @@ def test_models_have_columns_of_their_own_numbers(tables):
             "images_per_sec": 8.0 * rate,
             "tflops": 100.0 * rate,
             "mfu": 0.1 * rate,
+            "gradient_off": 2e-3,
             "peak_bytes": (3 << 30) // rate,
         }
     written = tables.render(
         "<!-- table: model/X -->\n<!-- end -->", {"x/ops.json": {"machine": MACHINE, "records": [eager, ours]}}
     )
     head, _, line = written.splitlines()[3:6]
-    assert head.split(" | ")[-6:] == ["x eager", "images/s", "TFLOP/s", "MFU", "GiB", "GiB eager |"]
-    assert line.split(" | ")[-6:] == ["2.00", "16", "200", "20.0%", "1.5", "3 |"]
+    assert head.split(" | ")[-6:] == ["images/s", "TFLOP/s", "MFU", "gradient off", "GiB", "GiB eager |"]
+    assert line.split(" | ")[-6:] == ["16", "200", "20.0%", "2.0e-03", "1.5", "3 |"]
     matmul = {**record("machine", "matmul", "eager", "", 1e-3, 0.0), "tflops": 700.0}
     del matmul["gb_per_s"]
     both = {"x/ops.json": {"machine": MACHINE, "records": [RECORDS[0], matmul]}}
@@ -116,6 +117,23 @@ def test_files_without_records_have_no_table(tables, tmp_path):
     (tmp_path / "gpu-x" / "ops.json").write_text(json.dumps(RESULTS["gpu-x/ops.json"]))
     (tmp_path / "gpu-x" / "tests.json").write_text(json.dumps({"machine": MACHINE, "tests": []}))
     assert tables.read_results(tmp_path) == RESULTS
+
+
+HALF_WAY = """
+import run, sys; from pathlib import Path; from erd_fast.benchmark.records import Record
+def measuring():
+    yield Record("machine", "copy", "eager", "", 1.0, 0.1, 3, gb_per_s=5.0)
+    sys.exit(7)
+run._measured(Path("ops.json"), measuring())
+"""
+
+
+def test_results_are_written_as_they_come(tmp_path):
+    """What is stopped half-way keeps what it has."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}){HALF_WAY}"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 7
+    content = json.loads((tmp_path / "ops.json").read_text())
+    assert [record["gb_per_s"] for record in content["records"]] == [5.0] and "torch" in content["machine"]
 
 
 COUNTED = """

@@ -37,7 +37,7 @@ def objects(setup, plan, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss"])
+@pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss", "linear_gelu"])
 def test_kernels_keep_to_registers(objects, op):
     cuobjdump = _cuobjdump()
     used = subprocess.run(
@@ -47,7 +47,7 @@ def test_kernels_keep_to_registers(objects, op):
         assert f"arch = sm_{arch}" in used
     kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used)
     assert len(kernels) % len(ARCHS) == 0
-    assert len(kernels) == used.count("_fwd_kernel")
+    assert len(kernels) == len(re.findall("_(?:fwd|bwd)_kernel", used))
     for registers, stack, _, local in kernels:
         assert (stack, local) == ("0", "0"), used
         assert int(registers) <= 64  # four blocks of 256 threads a multiprocessor

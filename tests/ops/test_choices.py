@@ -152,3 +152,10 @@ def test_a_backend_that_was_asked_for_and_fails_raises():
         OPS["toy_own"](torch.ones(3))
     with use_backend(toy_timed="gone"), pytest.raises(BackendUnavailableError, match="it is not installed"):
         OPS["toy_timed"](torch.ones(3))
+
+
+def test_an_op_that_is_part_of_something_larger_is_timed_in_it():
+    seen = []
+    with choices.probing():
+        assert OPS["toy_timed"].choose(torch.ones(3), whole=lambda: seen.append(None)) in ("slow", "quick")
+    assert seen and not CALLS

@@ -1,0 +1,431 @@
+"""attention: values and the gradient against PyTorch in float64 on every backend that is here, and who takes a call."""
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from erd_fast.errors import BackendUnavailableError
+from erd_fast.ops import OPS, attention, choices, explain, use_backend
+from erd_fast.ops.attention import attention_reference
+from parity import gradients, hold
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU takes")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OP = OPS["attention"]
+HERE = [name for name in OP.backends if OP.refusal(name) is None]
+SIZES = ((2, 1, 1, 64), (2, 17, 3, 72), (3, 63, 2, 32), (2, 256, 1, 64), (2, 258, 2, 72))  # N, T, H, K
+
+
+@pytest.fixture(params=HERE)
+def backend(request) -> Iterator[str]:
+    with use_backend(attention=request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch) -> None:
+    """Outputs that a kernel does not write are NaN."""
+    for direction in (OP.forward, OP.backward):
+        make = direction.outputs
+
+        def filled(*args: Any, make: Any = make) -> tuple[Tensor, ...]:
+            return tuple(output.fill_(torch.nan) for output in make(*args))
+
+        monkeypatch.setattr(direction, "outputs", filled)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    before = choices.stored()
+    choices.forget()
+    yield
+    OP._dropped.clear()
+    choices.forget()
+    choices.load(before, "the tests")
+
+
+def drawn(seed: int, dtype: torch.dtype = torch.float32, size: tuple[int, ...] = SIZES[1]) -> list[Tensor]:
+    """qkv, which requires a gradient, and that of the output."""
+    n, t, h, k = size
+    generator = torch.Generator().manual_seed(seed)
+    qkv, dout = (torch.randn(n, t, parts * h * k, generator=generator) for parts in (3, 1))
+    return [qkv.to(DEVICE, dtype).requires_grad_(), dout.to(DEVICE, dtype)]
+
+
+def plain(qkv: Tensor, num_heads: int) -> Tensor:
+    n, t, row = qkv.shape
+    q, k, v = qkv.view(n, t, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    weight = (q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2)).softmax(-1)
+    return (weight @ v).transpose(1, 2).reshape(n, t, row // 3)
+
+
+def torchs_own(qkv: Tensor, num_heads: int) -> Tensor:
+    n, t, row = qkv.shape
+    q, k, v = qkv.view(n, t, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, row // 3)
+
+
+def separate(found: list[Tensor | None]) -> list[Tensor]:
+    """out, dq, dk and dv of [out, dqkv]."""
+    out, dqkv = found
+    assert out is not None and dqkv is not None
+    return [out, *dqkv.chunk(3, -1)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", SIZES[1:], ids=str)
+def test_values_and_gradients_are_pytorchs(backend, size, dtype):
+    refusal = OP.refusal(backend, drawn(0, dtype, size)[0], size[2])
+    if refusal is not None:
+        pytest.skip(refusal[0])
+    rule = torchs_own if backend in OP.libraries else plain  # other projects answer for their own exponentials
+    hold(
+        lambda qkv, dout: separate(gradients(lambda leaf: [attention(leaf, size[2])], [qkv], [dout])),
+        lambda qkv, dout: separate(gradients(lambda leaf: [rule(leaf, size[2])], [qkv], [dout])),
+        lambda seed: drawn(seed, dtype, size),
+        ("out", "dq", "dk", "dv"),
+    )
+    out = attention(drawn(0, dtype, size)[0], size[2])
+    assert OP.used == backend and out.is_contiguous() and out.dtype == dtype
+
+
+def test_the_definition_is_the_formula():
+    qkv = drawn(0)[0].detach().double().cpu()
+    n, t, h, k = SIZES[1]
+    parts = qkv.view(n, t, 3, h, k)
+    expected = torch.empty(n, t, h, k, dtype=torch.float64)
+    for sample in range(n):
+        for head in range(h):
+            q, key, v = (parts[sample, :, part, head] for part in range(3))
+            weight = torch.exp(q @ key.T / k**0.5)
+            expected[sample, :, head] = weight @ v / weight.sum(1, keepdim=True)
+    torch.testing.assert_close(attention_reference(qkv, h), expected.view(n, t, h * k), rtol=1e-12, atol=1e-12)
+
+
+def test_one_token_is_its_own_value(backend):
+    qkv, dout = drawn(0, size=SIZES[0])
+    if OP.refusal(backend, qkv, 1) is not None:
+        pytest.skip("not for this backend")
+    out = attention(qkv, 1)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    assert torch.equal(out, qkv[..., 128:]) and torch.equal(dqkv[..., 128:], dout)
+    # What is left of dout v - dout out: two float32 sums of the same 64 terms, times a factor of 1/8.
+    assert dqkv[..., :128].abs().max() <= 64 * 2.0**-24 * float(dout.norm() * qkv.detach().norm() ** 2)
+
+
+def test_large_scores_stay_finite_and_right(backend):
+    """A float32 score of 1e4 is off by 1e4 x 2^-24 x sqrt(72) at most, and so is the logarithm of its weight."""
+    qkv, dout = drawn(0)
+    large = torch.cat((40.0 * qkv.detach()[..., : 2 * dout.shape[2]], qkv.detach()[..., 2 * dout.shape[2] :]), -1)
+    if OP.refusal(backend, large, 3) is not None:
+        pytest.skip("not for this backend")
+    found = gradients(lambda leaf: [attention(leaf, 3)], [large.requires_grad_()], [dout])
+    wide = [large.detach().double().requires_grad_()]
+    truths = gradients(lambda leaf: [attention_reference(leaf, 3)], wide, [dout.double()])
+    for value, truth in zip(found, truths, strict=True):
+        assert value.isfinite().all()
+        assert (value.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
+def test_the_same_call_gives_the_same_bits_and_a_sample_the_same_in_any_batch():
+    for name in ("triton", "reference"):
+        if name not in HERE:
+            continue
+        qkv, dout = drawn(0)
+        with use_backend(attention=name):
+            calls = [gradients(lambda leaf: [attention(leaf, 3)], [qkv], [dout]) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*calls, strict=True))
+
+
+def test_other_layouts_are_taken():
+    qkv, dout = drawn(0)
+    wide = torch.cat((qkv, qkv), -1).detach()[..., : qkv.shape[2]].requires_grad_()
+    assert not wide.is_contiguous()
+    found, expected = (gradients(lambda leaf: [attention(leaf, 3)], [leaf], [dout]) for leaf in (wide, qkv))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    columns = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    with use_backend(attention="reference"):
+        found = gradients(lambda leaf: [attention(leaf, 3)], [qkv], [columns])
+        expected = gradients(lambda leaf: [attention(leaf, 3)], [qkv], [dout])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_autocast_chooses_the_dtype_and_leaves_softmax_alone(backend):
+    qkv, _ = drawn(0)
+    half = qkv.detach().to(torch.bfloat16)
+    if OP.refusal(backend, half, 3) is not None:
+        pytest.skip("not for this backend")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out = attention(qkv, 3)
+        out.sum().backward()
+    assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
+    assert torch.equal(out, attention(half, 3))
+
+
+@pytest.mark.parametrize(
+    ("qkv", "num_heads", "message"),
+    [
+        (torch.zeros(2, 24), 2, r"qkv: given shape \(2, 24\), allowed \(N, T, 3 D\)"),
+        (torch.zeros(0, 4, 24), 2, r"qkv: given shape \(0, 4, 24\), allowed .* N and T of 1 or more"),
+        (torch.zeros(2, 0, 24), 2, r"qkv: given shape \(2, 0, 24\), allowed"),
+        (torch.zeros(2, 4, 21), 2, r"qkv: given shape \(2, 4, 21\), allowed .* D a multiple of the 2 heads"),
+        (torch.zeros(2, 4, 16), 2, r"qkv: given shape \(2, 4, 16\), allowed"),
+        (torch.zeros(2, 4, 24).double(), 2, "qkv: given torch.float64, allowed torch.float32, torch.bfloat16"),
+        (torch.zeros(2, 4, 24), 0, "num_heads: given 0, allowed 1 or more"),
+        (torch.zeros(2, 4, 24), -3, "num_heads: given -3, allowed 1 or more"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(qkv, num_heads, message):
+    with pytest.raises(ValueError, match=f"attention: {message}"):
+        attention(qkv, num_heads)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own tests
+def test_the_passes_pass_the_checks_of_torch():
+    for name in ("reference", *(["triton"] if "triton" in HERE else [])):
+        qkv, dout = drawn(0)
+        torch.library.opcheck(torch.ops.erd_fast.attention_fwd.default, (qkv, 3, name))
+        out, lse = torch.ops.erd_fast.attention_fwd(qkv.detach(), 3, name)
+        torch.library.opcheck(torch.ops.erd_fast.attention_bwd.default, (dout, qkv.detach(), out, lse, 3, name))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_graph_has_pytorchs_own_attention():
+    qkv, dout = drawn(0)
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compiler.reset()
+    with use_backend(attention="reference"):
+        torch.compile(attention, fullgraph=True, backend=keep)(qkv.detach(), 3)
+    assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0] and "erd_fast" not in graphs[0]
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    found, expected = (gradients(lambda leaf, f=f: [f(leaf, 3)], [qkv], [dout]) for f in (compiled, torchs_own))
+    for value, wanted in zip(found, expected, strict=True):
+        assert (value - wanted).abs().max() <= 4 * torch.finfo(value.dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.func.jvp's own; its category changes with the version
+def test_functorch_and_forward_mode_are_those_of_the_reference():
+    (qkv, _), (direction, _) = drawn(0), drawn(1)
+    qkv, direction = qkv.detach(), direction.detach()
+
+    def size(function: Any, leaf: Tensor) -> Tensor:
+        return function(leaf, 3).square().sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        found, expected = (transform(lambda leaf, f=f: size(f, leaf))(qkv) for f in (attention, attention_reference))
+        assert torch.equal(found, expected) and found.any()
+    found, expected = (torch.func.jvp(lambda leaf, f=f: f(leaf, 3), (qkv,), (direction,))[1]
+                       for f in (attention, attention_reference))  # fmt: skip
+    assert torch.equal(found, expected) and found.any()
+    stacked = torch.stack((qkv, direction))
+    found, expected = (torch.func.vmap(lambda leaf, f=f: f(leaf, 3))(stacked) for f in (attention, attention_reference))
+    assert torch.equal(found, expected)
+
+
+def test_a_second_derivative_is_refused_and_the_reference_has_it():
+    qkv, dout = drawn(0)
+    with (
+        use_backend(attention="reference"),
+        pytest.raises(RuntimeError, match="attention: it has no second derivative"),
+    ):
+        torch.autograd.grad(attention(qkv, 3), qkv, dout, create_graph=True)
+    (gradient,) = torch.autograd.grad(attention_reference(qkv, 3), qkv, dout, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), qkv)[0].any()
+
+
+def test_an_output_that_nobody_uses_has_no_gradient():
+    qkv, _ = drawn(0)
+    with use_backend(attention="reference"):
+        attention(qkv, 3)
+    assert qkv.grad is None
+
+
+def test_multiply_adds_are_counted_on_shapes_alone():
+    n, t, h, k = SIZES[1]
+    qkv, product = torch.empty(n, t, 3 * h * k, device="meta", requires_grad=True), 2 * n * h * t * t * k
+    with FlopCounterMode(display=False) as counter:
+        attention(qkv, h)
+    assert counter.get_total_flops() == 2 * product
+    with use_backend(attention="reference"), FlopCounterMode(display=False) as counter:
+        attention(qkv, h).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * product  # the scores are computed again
+    with FakeTensorMode():
+        assert isinstance(attention(torch.empty(n, t, 3 * h * k), h), FakeTensor)
+
+
+@ON_CPU
+def test_a_cpu_takes_pytorchs_flash_attention_without_copies(monkeypatch):
+    qkv, dout = drawn(0)
+    seen: list[Tensor] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def watched(*heads: Tensor) -> Tensor:
+        seen.extend(heads)
+        return sdpa(*heads)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    out = attention(qkv, 3)
+    assert OP.used == "flash" and "FlashAttention" in _names(out.grad_fn)
+    assert {head.untyped_storage().data_ptr() for head in seen} == {qkv.untyped_storage().data_ptr()}
+    assert not {"Clone", "Unsafe"} & {name[:6] for name in _names(out.grad_fn).split()}
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    assert dqkv.is_contiguous()
+
+
+def _names(node: Any) -> str:
+    """Names of the nodes that autograd goes through."""
+    return " ".join([node.name(), *(_names(other) for other, _ in node.next_functions if other is not None)])
+
+
+@ON_CPU
+def test_the_fastest_is_taken_where_it_was_timed(monkeypatch):
+    qkv, _ = drawn(0)
+    slow = OP.libraries["flash"].call
+    monkeypatch.setitem(OP.libraries, "efficient", _library(slow))
+    monkeypatch.setattr(OP, "_auto", {})
+    with choices.probing():
+        attention(qkv, 3)
+    (form, chosen), *rest = choices.stored()["attention"].items()
+    assert form == "float32[2, 17, 648], 3" and chosen in ("flash", "efficient") and not rest
+    choices.load({"attention": {form: "efficient"}}, "kernels.json")
+    attention(qkv, 3)
+    assert OP.used == "efficient"
+    assert "takes efficient, the fastest when they were timed" in explain("attention", qkv, 3)
+    attention(qkv[:1], 3)
+    assert OP.used == "flash"
+
+
+def _library(call: Any) -> Any:
+    """One that runs on this machine."""
+    from erd_fast.ops.declare import Library
+
+    return Library(call, lambda: None, device="")
+
+
+@ON_CPU
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_library_that_fails_is_dropped_for_that_form_with_one_warning(monkeypatch, stored):
+    calls: list[str] = []
+
+    def broken(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        calls.append("cudnn")
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setitem(OP.libraries, "cudnn", _library(broken))
+    monkeypatch.setitem(OP.forward.supports, "cudnn", lambda qkv, num_heads: None)
+    monkeypatch.setattr(OP, "_auto", {})
+    (qkv, dout), (other, _) = drawn(0), drawn(0, size=(1, 5, 3, 72))
+    if stored:
+        choices.load({"attention": {choices.form_of((qkv, 3)): "cudnn"}}, "kernels.json")
+    with pytest.warns(RuntimeWarning, match="attention: backend cudnn failed in its forward pass and is dropped for "):
+        found = gradients(lambda leaf: [attention(leaf, 3)], [qkv], [dout])
+    assert OP.used == "flash" and torch.equal(found[0], attention(qkv, 3)) and calls == ["cudnn"]
+    with pytest.warns(RuntimeWarning, match="Aborting execution"):
+        attention(other, 3)
+    with use_backend(attention="cudnn"), pytest.raises(RuntimeError, match="No available kernel"):
+        attention(qkv, 3)
+
+
+@ON_CPU
+def test_what_is_short_of_memory_is_not_dropped(monkeypatch):
+    def full(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(OP.libraries, "flash", _library(full))
+    with pytest.raises(torch.OutOfMemoryError):
+        attention(drawn(0)[0], 3)
+    assert not OP._dropped
+
+
+def test_cudnn_is_first_where_pytorch_has_it_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, version, first in (((9, 0), 91501, "cudnn"), ((8, 0), 91501, "flash"), ((9, 0), 91500, "flash")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        OP.libraries["cudnn"].late.cache_clear()
+        order = sorted(OP.backends, key=OP.lateness)
+        assert order[0] == first and order[-1] == "reference" and order.index("cudnn") in (0, len(order) - 2)
+    OP.libraries["cudnn"].late.cache_clear()
+
+
+@ON_CPU
+@pytest.mark.parametrize("name", [name for name in OP.backends if name not in HERE])
+def test_what_is_not_here_says_why_and_what_to_do(name):
+    with use_backend(attention=name), pytest.raises(BackendUnavailableError, match=f"attention: backend {name}"):
+        attention(drawn(0)[0], 3)
+    assert re.search(rf"{name}: no CUDA device is visible to PyTorch; run it on", explain("attention"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "head_dim", "dtype", "reason"),
+    [
+        ("triton", 513, 64, torch.float32, "up to 512 tokens, and these are 513"),
+        ("triton", 16, 12, torch.float32, "multiples of 8, and this is 12"),
+        ("triton", 16, 136, torch.float32, "K of 16 to 128"),
+        ("triton", 512, 128, torch.float32, None),
+        ("triton", 1, 16, torch.float16, None),
+        ("flash-attn-2", 16, 64, torch.float32, "bfloat16 and float16, and this is torch.float32"),
+        ("flash-attn-3", 16, 264, torch.float16, "K up to 256"),
+        ("flash-attn-4", 16, 72, torch.bfloat16, None),
+        ("cudnn", 1, 64, torch.bfloat16, "T of 2 or more"),
+        ("cudnn", 256, 136, torch.bfloat16, "K up to 128"),
+        ("cudnn", 256, 72, torch.float32, "bfloat16 and float16"),
+        ("cudnn", 256, 72, torch.bfloat16, None),
+        ("efficient", 16, 6, torch.float32, "multiples of 4, and this is 6"),
+        ("efficient", 16, 4, torch.float32, None),
+        ("efficient", 16, 4, torch.float16, "multiples of 8, and this is 4"),
+    ],
+)
+def test_what_a_backend_cannot_take_is_known_before(name, tokens, head_dim, dtype, reason):
+    found = OP.forward.reason_against(name, (torch.empty(1, tokens, 3 * head_dim, dtype=dtype), 1))
+    assert found is None if reason is None else reason in found
+
+
+def test_an_old_cudnn_reads_beyond_the_last_token(monkeypatch):
+    qkv = torch.empty(1, 258, 192, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    assert "multiples of 128 tokens, and this is 258" in OP.forward.reason_against("cudnn", (qkv, 1))
+    assert OP.forward.reason_against("cudnn", (qkv[:, :256], 1)) is None
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    assert OP.forward.reason_against("cudnn", (qkv, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("flash_attn", "flash-attn-2"), ("flash_attn_interface", "flash-attn-3"), ("flash_attn.cute", "flash-attn-4")],
+)
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_flash_attentions_packages_get_what_they_take(monkeypatch, module, name, with_lse):
+    """A stand-in of their signature: (N, T, 3, H, K), or q, k and v, to (N, T, H, K), some with lse."""
+
+    def func(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> Any:
+        assert not deterministic and q.shape == (2, 17, 3, 72)
+        out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        return (out, None) if with_lse else out
+
+    def packed(qkv: Tensor, *, deterministic: bool) -> Any:
+        return func(*qkv.unbind(2), deterministic=deterministic)
+
+    functions = {"flash_attn_func": func} if module.endswith("cute") else {"flash_attn_qkvpacked_func": packed}
+    for part in (module.split(".")[0], module):
+        monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**functions))
+    qkv, dout = drawn(0)
+    found = gradients(lambda leaf: list(OP.libraries[name].call(leaf, 3)), [qkv], [dout])
+    expected = gradients(lambda leaf: [attention_reference(leaf, 3)], [qkv], [dout])
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
