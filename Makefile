@@ -4,7 +4,7 @@
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make soak    what takes longer than a test may: runs with kernels and without learn alike
-# make bench   measure the ops on this machine: bench/results/<machine>/ops.json, then the tables of the documents
+# make bench   measure the ops on this machine: bench/results/<machine>/*.json, then the tables of the documents
 # make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops or
 #              attention is one
 PYTHON ?= python3
@@ -55,6 +55,7 @@ fixtures: setup
 
 bench: dev
 	$(BIN)/python bench/run.py ops
+	$(BIN)/python bench/run.py attention
 	$(BIN)/python bench/tables.py
 
 gpu: $(addprefix gpu-,$(or $(PART),tests ops))

@@ -19,7 +19,7 @@ from erd_fast.benchmark.records import Record, machine, machine_name, table, wri
 from erd_fast.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = ("tests/ops", "tests/csrc", "tests/kernels")  # what has a GPU's code to run, emulate or compile
+TESTED = ("tests/ops", "tests/csrc", "tests/kernels", "tests/models/test_gpu.py")  # what has code of a GPU to run
 GPU_SECONDS = 400.0  # after which `make gpu PART=ops` begins no further case; the longest one takes a minute or two
 COUNTED = ("passed", "failed", "skipped")
 

@@ -33,13 +33,15 @@ class Case:
         return qkv.to(self.dtype), torch.randn(shape, generator=generator).to(self.dtype)
 
     def plain(self, qkv: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-        """out, lse and dqkv, by PyTorch in the dtype of ``qkv``."""
+        """out, lse and dqkv, by PyTorch in the dtype of ``qkv``; lse in float32 at least, as it is kept."""
         leaf = qkv.detach().requires_grad_()
         split = leaf.view(*qkv.shape[:2], 3, self.heads, self.head_dim)
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind()
         scores = self.head_dim**-0.5 * q @ k.transpose(-1, -2)
         out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(dout.shape)
-        return out.detach(), scores.logsumexp(-1).detach(), *torch.autograd.grad(out, leaf, dout)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        lse = (self.head_dim**-0.5 * q.to(wide) @ k.to(wide).transpose(-1, -2)).logsumexp(-1)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaf, dout)
 
 
 def _calls(case: Case, qkv: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> list[Call]:
