@@ -10,4 +10,5 @@ q_sample.py        stored latents to noisy input and target
 diffusion_loss.py  weighted squared error of a batch, its parts and its gradient
 ada_layer_norm.py  LayerNorm modulated by sample, forward and backward
 residual_ada_layer_norm.py  the same after a branch has joined the residual stream
+attention.py       softmax(q k^T) v of packed q, k and v, forward and backward
 """

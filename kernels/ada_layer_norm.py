@@ -36,13 +36,13 @@ _CHUNK = 32
 _FEW_ROWS = 16384  # up to here a row has a program of its own: fewer would not fill a GPU
 _SUMS = 512  # numbers that one program adds over the chunks
 # Widest row -> warps of it. Forward a thread has up to 48 columns; backward, where it keeps three sums and up to three
-# vectors of each, 4 to 12. At 1152 columns of a float32 stream with bfloat16 branches an sm_90 multiprocessor has
+# vectors of each, up to 10. At 1152 columns of a float32 stream with bfloat16 branches an sm_90 multiprocessor has
 # room (Triton 3.8) for 28 rows forward, of 68 registers, and backward for 4 programs of 4 warps, 128 registers and
 # 31 KB: 4 rows in hand and 8 on their way, 110 KB, where about 20 hide the latency of memory. Two warps (215 registers)
 # have no more rows and half the warps; eight (80) issue 1.6 times the instructions. Beyond 4096 columns the sums alone
 # are a third of all registers, and some values spill.
 _FORWARD_WARPS = {1536: 1, 3072: 2, 8192: 8}
-_BACKWARD_WARPS = {256: 1, 512: 2, 1536: 4, 3072: 8, 5120: 16, 8192: 32}
+_BACKWARD_WARPS = {256: 1, 512: 2, 1280: 4, 2560: 8, 5120: 16, 8192: 32}
 # Rows are read once, and give way in the caches to what is read again.
 ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("")
 
@@ -363,7 +363,7 @@ def launch_forward(
     if x.numel() == 0:
         return
     elements = _aligned_elements(width, (x, branch, x_out, y), (gate, shift, scale))
-    num_warps = _warps(_FORWARD_WARPS, width) * (2 if elements == 1 else 1)  # addresses take registers too
+    num_warps = _warps(_FORWARD_WARPS, width, elements)
     rows = 1 if samples * tokens <= _FEW_ROWS else 4
     programs = triton.cdiv(tokens, rows)
     _ada_layer_norm_fwd_kernel[(samples * programs,)](
@@ -423,9 +423,10 @@ def launch_backward(
     if chunks > 1:
         workspace = torch.empty((3, chunks, samples, width), dtype=torch.float32, device=x.device)
         parts = workspace[0], workspace[1], None if dgate is None else workspace[2]
-    num_warps = _warps(_BACKWARD_WARPS, width)
-    blocks = _blocks(width, 64 * num_warps)  # two elements a thread: asynchronous copies are of four bytes or more
     read = (x, dy, branch, dx_out, before_branch)
+    elements = _aligned_elements(width, (*read, dx, dbranch), (gate, before_gate, scale, *parts))
+    num_warps = _warps(_BACKWARD_WARPS, width, elements)
+    blocks = _blocks(width, 64 * num_warps)  # two elements a thread: asynchronous copies are of four bytes or more
     _ada_layer_norm_bwd_kernel[(samples * chunks,)](
         dx_out,
         dy,
@@ -451,7 +452,7 @@ def launch_backward(
         offset,
         D=width,
         **blocks,
-        VEC=_aligned_elements(width, (*read, dx, dbranch), (gate, before_gate, scale, *parts)),
+        VEC=elements,
         THREADS=32 * num_warps,
         ROWS=triton.cdiv(tokens, chunks),
         STAGES=_stages(sum(blocks.values()), read),
@@ -464,8 +465,10 @@ def launch_backward(
         )
 
 
-def _warps(table: dict[int, int], width: int) -> int:
-    return next(warps for widest, warps in table.items() if width <= widest)
+def _warps(table: dict[int, int], width: int, elements: int) -> int:
+    """Twice those of the table for accesses of one element, whose addresses take registers too."""
+    warps = next(warps for widest, warps in table.items() if width <= widest)
+    return min(2 * warps, 32) if elements == 1 else warps
 
 
 def _blocks(width: int, least: int) -> dict[str, int]:

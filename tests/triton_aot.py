@@ -251,6 +251,7 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "residual_ada_layer_norm backward 1152": lambda: _residual_backward(1152),
     "residual_ada_layer_norm backward 1152 before": lambda: _residual_backward(1152, before=True),
     "residual_ada_layer_norm backward bf16 1152 before": lambda: _residual_backward(1152, torch.bfloat16, before=True),
+    "residual_ada_layer_norm backward bf16 1153": lambda: _residual_backward(1153, torch.bfloat16),
     "residual_ada_layer_norm backward fp16 100": lambda: _residual_backward(100, torch.float16, torch.float16),
     "residual_ada_layer_norm backward fp32 4096 before": lambda: _residual_backward(
         4096, inner=torch.float32, before=True, tokens=258
