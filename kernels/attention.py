@@ -179,7 +179,7 @@ def _dq(
     v, v_rest = _load(q_ptr + 2 * HEADS * K, start, INNER, MASKED, STRIDE, TOKENS, K, WIDTH, REST)
     score = _product(q, q_rest, k, k_rest, REST, PRECISION)
     weight = tl.exp2(score * (SCALE * _LOG2_E) - lse[:, None])
-    if MASKED:  # a key that is not there has score 0, and its exponential may be infinite
+    if MASKED:
         weight = tl.where((start + tl.arange(0, INNER) < TOKENS)[None, :], weight, 0.0)
     dscore = weight * (_product(dout, dout_rest, v, v_rest, REST, PRECISION) - delta[:, None])
     return _add(dq, dq_rest, dscore, k, k_rest, REST, PRECISION)
@@ -291,18 +291,17 @@ def _load(
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Both pieces of ROWS tokens from ``first`` of one head, 0 where nothing is."""
+    """Both pieces of ROWS tokens from ``first`` of one head, 0 beyond its last column. Beyond the last token that one
+    stands again, and the caller gives it no weight: masks of rows would take registers in every loop."""
     row = (first + tl.arange(0, ROWS))[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
     if MASKED:
-        tile = tl.load(ptr + row * STRIDE + column, mask=row < TOKENS, other=0.0)
-    else:
-        tile = tl.load(ptr + row * STRIDE + column)
+        row = tl.minimum(row, TOKENS - 1)
+    tile = tl.load(ptr + row * STRIDE + tl.arange(0, WIDTH)[None, :])
     rest = tile
     if REST:
         column = WIDTH + tl.arange(0, REST)[None, :]
-        if MASKED or WIDTH + REST > K:
-            rest = tl.load(ptr + row * STRIDE + column, mask=(row < TOKENS) & (column < K), other=0.0)
+        if WIDTH + REST > K:
+            rest = tl.load(ptr + row * STRIDE + column, mask=column < K, other=0.0)
         else:
             rest = tl.load(ptr + row * STRIDE + column)
     return tile, rest

@@ -1,9 +1,12 @@
 """What every model of the engine tells about itself, and the checks that models share."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from erd_fast.errors import ConfigError
+from erd_fast.ops.arguments import autocast_dtype
 from erd_fast.ops.layout import to_images, to_patches
 
 
@@ -20,7 +23,7 @@ class DiffusionModel(nn.Module):
         kernels: run the fused ops; False is plain PyTorch, what they are held against and compared with.
         residual: dtype of the residual stream that the fused ops keep; bfloat16 halves its traffic and loses digits.
         recompute: make normalised inputs and GELU's outputs again in the backward pass, in place of keeping them; None
-            is on a GPU alone. The numbers are the same to the bit.
+            is on a GPU alone. The numbers are the same, but for the rounding of GELU on linear_gelu's backend cuda.
     """
 
     input_size: int
@@ -47,8 +50,30 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"{name}: this model {need}")
 
     def fused(self, parameter: Tensor) -> bool:
-        """Whether the fused ops run: they do not take float64."""
-        return self.kernels and parameter.dtype != torch.float64
+        """Whether the fused ops run. They do not take float64, and they read the parameters of layers that they do not
+        call: hooks on layers, and layers of other projects in their place, want plain PyTorch."""
+        if not self.kernels or parameter.dtype == torch.float64:
+            return False
+        if torch.compiler.is_compiling() or (altered := self._altered()) is None:
+            return True
+        warnings.warn(
+            f"{type(self).__name__}: {altered}, which the fused ops would pass over: the model runs in plain PyTorch "
+            "(kernels = False is the same without this warning)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+
+    def _altered(self) -> str | None:
+        """What somebody did to a layer within."""
+        for name, module in self.named_modules():
+            if module is self:
+                continue
+            if not type(module).__module__.startswith(("torch.nn.modules.", "erd_fast.")):
+                return f"{name} is a {type(module).__name__}"
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                return f"{name} has hooks"
+        return None
 
     def as_tokens(self, x: Tensor) -> Tensor:
         """Images or their patch tokens as patch tokens."""
@@ -60,8 +85,7 @@ class DiffusionModel(nn.Module):
 
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype of matrix products: autocast's where it is on, else the parameters'."""
-        on = parameter.device.type
-        return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else parameter.dtype
+        return autocast_dtype(parameter.device.type) or parameter.dtype
 
 
 def check_sizes(model: str, *, num_classes: int, **sizes: int) -> None:

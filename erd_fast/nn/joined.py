@@ -1,7 +1,7 @@
 """Linear layers of one input as one matrix product, each with its own parameters and their names.
 
-:func:`join` moves the parameters of the layers next to each other, so that all weights are one matrix without a copy;
-where something moved them apart since, they are copied together at each call, with the same numbers.
+:func:`join` moves the parameters of the layers next to each other, so that all weights are one matrix without a copy.
+Where they lie apart, as in a deep copy until its next ``.to()``, each layer has a product of its own.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,25 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def join(layers: Sequence[nn.Linear]) -> None:
-    """Put weights, and biases, of ``layers`` next to each other in memory. Their values and names stay."""
+    """Put weights, and biases, of ``layers`` next to each other in memory. Their values and names stay. What is of
+    several dtypes or devices, shared between processes or on the meta device is left where it is."""
     pairs: tuple[list[Tensor], list[Tensor]] = ([one.weight for one in layers], [one.bias for one in layers])
     for parts in pairs:
-        if parts[0].is_meta or _adjacent(parts):
+        kinds = {(part.dtype, part.device) for part in parts}
+        if len(kinds) > 1 or parts[0].is_meta or any(part.is_shared() for part in parts if not part.is_cuda):
             continue
-        for part, place in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
-            part.data = place
+        if not _adjacent(parts):
+            for part, place in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = place
 
 
 def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
-    """torch.cat([layer(x) for layer in layers], dim=-1) as one product."""
-    return F.linear(x, _as_one([layer.weight for layer in layers]), _as_one([layer.bias for layer in layers]))
-
-
-def _as_one(parts: Sequence[Tensor]) -> Tensor:
-    if torch.compiler.is_compiling() or not _adjacent(parts):
-        return torch.cat(list(parts))
-    return _View.apply(*parts)
+    """torch.cat([layer(x) for layer in layers], dim=-1), as one product where the parameters are joined."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or not (_adjacent(weights) and _adjacent(biases)):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    return F.linear(x, _View.apply(*weights), _View.apply(*biases))
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from erd_fast.nn.rebuild import rebuilt
-from erd_fast.ops import Branch, ada_layer_norm, residual_ada_layer_norm
+from erd_fast.ops import OPS, Branch, ada_layer_norm, residual_ada_layer_norm, use_backend
 from erd_fast.ops.residual_ada_layer_norm import rebuild_normalized
 
 
@@ -42,38 +42,54 @@ class Stream:
     """
 
     def __init__(self, x: Tensor, norm: Norm, dtype: torch.dtype, recompute: bool):
-        self.x, self.dtype, self.recompute = x, dtype, recompute
-        self._source: Branch | None = None
+        self.dtype, self.recompute = dtype, recompute
         self.restart(x, norm)
 
     def restart(self, x: Tensor, norm: Norm) -> None:
         """Go on with another stream, ``x``, whose normalisation comes first."""
-        self.x, self._source = x, None
+        self.x, self._source = x, cast("Branch | None", None)
         self.y = ada_layer_norm(x, **norm._asdict(), dtype=self.dtype)
-        self._again = functools.partial(_normalized, x.detach(), norm.detached(), self.dtype)
+        self._keep("ada_layer_norm", x, norm)
 
     def branch(self, layer: Callable[[Tensor], Tensor], gate: Tensor | None, norm: Norm) -> None:
         """x <- x + gate layer(y), y <- norm(x); a gate that is None is 1."""
         before, out = self.x, self._through(layer)
         how = {**norm._asdict(), "dtype": self.dtype}
         self.x, self.y = residual_ada_layer_norm(before, out, gate, source=self._source, **how)
-        if self._source is None:  # this stream is kept as it was before the branch
-            self._source = Branch(before, out, gate)
-            kept = Branch(before.detach(), out.detach(), None if gate is None else gate.detach())
-            self._again = functools.partial(rebuild_normalized, kept, dtype=self.dtype, **norm.detached()._asdict())
+        if self._source is None and torch.is_grad_enabled():  # this stream is kept as it was before the branch
+            self._source = source = Branch(before, out, gate)
+            self._keep("residual_ada_layer_norm", source, norm)
         else:  # and this one will be by the next branch
             self._source = None
-            self._again = functools.partial(_normalized, self.x.detach(), norm.detached(), self.dtype)
+            self._keep("residual_ada_layer_norm", self.x, norm)
 
     def last_branch(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """x + layer(y), where no normalisation follows."""
         return self.x + self._through(layer)
 
     def _through(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        with rebuilt(self.y, self._again) if self.recompute else contextlib.nullcontext():
+        with contextlib.nullcontext() if self._again is None else rebuilt(self.y, self._again):
             return layer(self.y)
+
+    def _keep(self, op: str, made_of: Tensor | Branch, norm: Norm) -> None:
+        """How the y that ``op`` gave is made again: of a stream that is kept, or of what a stream was made of. By the
+        same backend: the backward pass may run in a thread that knows of no choice."""
+        self._again: Callable[[], Tensor] | None = None
+        if self.recompute and torch.is_grad_enabled():
+            backend = OPS[op].used or "auto"
+            self._again = functools.partial(_normalized, _detached(made_of), norm.detached(), self.dtype, backend)
+
+
+def _detached(made_of: Tensor | Branch) -> Tensor | Branch:
+    if isinstance(made_of, Tensor):
+        return made_of.detach()
+    gate = None if made_of.gate is None else made_of.gate.detach()
+    return Branch(made_of.x.detach(), made_of.branch.detach(), gate)
 
 
 @torch.no_grad()
-def _normalized(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    return ada_layer_norm(x, **norm._asdict(), dtype=dtype)
+def _normalized(made_of: Tensor | Branch, norm: Norm, dtype: torch.dtype, backend: str) -> Tensor:
+    with use_backend(ada_layer_norm=backend, residual_ada_layer_norm=backend):
+        if isinstance(made_of, Tensor):
+            return ada_layer_norm(made_of, **norm._asdict(), dtype=dtype)
+        return rebuild_normalized(made_of, **norm._asdict(), dtype=dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device, check_dtype, check_shape
+from erd_fast.ops.arguments import autocast_dtype, check_device, check_dtype, check_shape
 from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,8 +103,7 @@ def _rows(vector: Tensor, samples: int) -> Tensor:
 def output_dtype(op: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of y: what was asked for, autocast's where it is on, else x's."""
     if dtype is None:
-        device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return autocast_dtype(x.device.type) or x.dtype
     if dtype not in FLOATS:
         raise ValueError(f"{op}: dtype: given {dtype}, allowed {', '.join(map(str, FLOATS))}")
     return dtype

@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on this type of device, where it is on."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def check_shape(op: str, argument: str, given: Tensor | None, allowed: tuple[int, ...]) -> None:
     """Raise ValueError unless ``given`` is None or has the shape ``allowed``: nothing broadcasts by accident."""
     if given is not None and given.shape != allowed:

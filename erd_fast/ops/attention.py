@@ -26,7 +26,7 @@ BACKENDS = ("cudnn", "flash", "flash-attn-3", "flash-attn-2", "flash-attn-4", "e
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """out = softmax(q k^T / sqrt(K)) v for each sample and head, softmax in float32 (Vaswani et al., arXiv 1706.03762,
-    section 3.2.1; docs/math.md E2).
+    section 3.2.1; docs/math.md L).
 
     Args:
         qkv: (N, T, 3 D) as one linear layer gives it: a token's q, then its k, then its v, each the heads' K values
@@ -85,8 +85,7 @@ def _check(qkv: Tensor, num_heads: int) -> None:
 
 
 def _in_autocast(qkv: Tensor) -> bool:
-    device = qkv.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type)
 
 
 def _left_to_torch(qkv: Tensor) -> bool:

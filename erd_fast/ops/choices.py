@@ -79,18 +79,19 @@ def probing() -> Iterator[None]:
 def probe(op: Any, args: tuple[Any, ...], whole: Callable[[], Any] | None = None) -> str | None:
     """Within :func:`probing`, time the backends of ``op`` for ``args`` and store the fastest; elsewhere None.
 
-    The reference takes part only where nothing else can run. ``whole`` is timed in place of the op alone, where the op
-    is a part of something larger.
+    The reference takes no part, and a single backend is not stored: there was nothing to choose. ``whole`` is timed in
+    place of the op alone, where the op is a part of something larger.
     """
     global _probing
     if not _probing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return None
-    names = list(op.candidates(op.forward, args))
-    names = [name for name in names if name != "reference"] or names
+    names = [name for name in op.candidates(op.forward, args) if name != "reference"]
+    if len(names) < 2:
+        return None
     seconds: dict[str, float] = {}
     _probing = False  # the calls below are calls of the op itself
     try:
-        for name in names if len(names) > 1 else ():
+        for name in names:
             with use_backend(**{op.name: name}):
                 try:
                     seconds[name] = _time(whole or _call_of(op, args))
@@ -100,7 +101,9 @@ def probe(op: Any, args: tuple[Any, ...], whole: Callable[[], Any] | None = None
                     _log.warning("%s: backend %s fails and is left out: %s", op.name, name, error)
     finally:
         _probing = True
-    best = min(seconds, key=seconds.__getitem__) if seconds else names[0]
+    if not seconds:
+        return None
+    best = min(seconds, key=seconds.__getitem__)
     _stored.setdefault(op.name, {})[form_of(args)] = best
     _log.info("%s: %s is the fastest of %s", op.name, best, {name: f"{s:.3g} s" for name, s in seconds.items()})
     return best

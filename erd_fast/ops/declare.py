@@ -204,10 +204,12 @@ class Op:
         return self(*args)
 
     def _drop(self, direction: Pass, backend: str, inputs: Sequence[Any], error: Exception) -> None:
-        """Warn, and go without ``backend`` for arguments of this form. Raise the error again where that was the only
-        one to take, or where memory was short."""
+        """Warn, and go without ``backend`` for arguments of this form. Raise the error again where it was asked for or
+        is the last, or where the form is not to blame: memory is short, a graph is captured, functorch is at work."""
         named = asked_for(self.name, self.backends)
-        if isinstance(error, torch.OutOfMemoryError) or backend in ("reference", named):
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        transformed = torch._C._are_functorch_transforms_active()
+        if backend in ("reference", named) or _memory_is_short(error) or capturing or transformed:
             raise error
         self._dropped.add((direction.direction, backend, form_of(inputs)))
         warnings.warn(
@@ -265,6 +267,11 @@ class Op:
 
 
 _SUFFIX = {"forward": "fwd", "backward": "bwd"}
+
+
+def _memory_is_short(error: Exception) -> bool:
+    texts = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 class _Eager(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device, check_dtype, check_shape
+from erd_fast.ops.arguments import autocast_dtype, check_device, check_dtype, check_shape
 from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, dispatched, reference_needed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,9 +143,8 @@ def _cast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     x = tensors["x"]
     for name, tensor in tensors.items():
         check_dtype(op, name, tensor, *_FLOATS)
-    on = x.device.type
-    if torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on):
-        dtype = torch.get_autocast_dtype(on)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         return tuple(tensor.to(dtype) for tensor in tensors.values())
     for name, tensor in tensors.items():
         if tensor.dtype != x.dtype:
@@ -169,7 +168,9 @@ class _GeluMlp(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         activation, pre = _op.run(_op.forward, x.view(-1, x.shape[-1]), weight, bias, approximate, backend)
-        ctx.save_for_backward(x, weight, next_weight, pre, None if recompute else activation)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, weight, next_weight, pre, None if recompute else activation)
+        del pre  # not to outlive the product below where nobody needs it
         ctx.approximate, ctx.backend = approximate, backend
         return torch.addmm(next_bias, activation, next_weight.t()).view(*x.shape[:-1], -1)
 

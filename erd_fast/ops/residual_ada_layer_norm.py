@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.ada_layer_norm import (
+    FLOATS,
     ada_layer_norm_reference,
     check_tokens,
     modulation,
@@ -71,11 +72,9 @@ def residual_ada_layer_norm(
     dtype = output_dtype(_OP, x, dtype)
     if reference_needed():
         return residual_ada_layer_norm_reference(x, branch, gate, shift, scale, offset=offset, eps=eps, dtype=dtype)
-    made_of: tuple[Tensor | None, ...] = (None, None, None)
+    made_of: Branch | tuple[None, None, None] = (None, None, None)
     if source is not None and not torch.compiler.is_compiling():  # a compiler decides for itself what to keep
-        check_shape(_OP, "source", source.x, tuple(x.shape))
-        check_dtype(_OP, "source", source.x, x.dtype)
-        made_of = (source.x.detach(), source.branch.detach(), None if source.gate is None else source.gate.detach())
+        made_of = _plain(source, x, scale)
     flat = (x.contiguous(), branch.contiguous(), gate, shift, scale, *made_of, offset, eps, dtype, True)
     x_out, y, *_ = _op(*flat)
     return x_out, y
@@ -97,6 +96,7 @@ def rebuild_normalized(
     Moves, an element: x + branch + y.
     """
     shift, scale, offset = modulation(_OP, made_of.x, shift, scale, weight, bias)
+    made_of = _plain(made_of, made_of.x, scale)
     return _op(*made_of, shift, scale, None, None, None, offset, eps, dtype, False)[1]
 
 
@@ -121,6 +121,18 @@ def _joined(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return (x.to(wide) + branch.to(wide)).to(x.dtype)
     return torch.addcmul(x.to(wide), gate.to(wide)[:, None], branch.to(wide)).to(x.dtype)
+
+
+def _plain(source: Branch, x: Tensor, scale: Tensor) -> Branch:
+    """What x was made of, as kernels take it, without gradient."""
+    for name, given in {"x": source.x, "branch": source.branch}.items():
+        check_shape(_OP, f"source.{name}", given, tuple(x.shape))
+    check_dtype(_OP, "source.x", source.x, x.dtype)
+    check_dtype(_OP, "source.branch", source.branch, *FLOATS)
+    check_device(_OP, x=x, source_x=source.x, source_branch=source.branch, source_gate=source.gate)
+    gate = _checked_gate(x, source.gate, scale)
+    detached = None if gate is None else gate.detach()
+    return Branch(source.x.detach().contiguous(), source.branch.detach().contiguous(), detached)
 
 
 def _checked_gate(x: Tensor, gate: Tensor | None, scale: Tensor) -> Tensor | None:

@@ -199,14 +199,16 @@ class _Run:
         A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
         """
         file = self.folder / "kernels.json"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         choices.forget()
         if file.exists():
-            stored = read_json(file)
-            choices.load(stored.get("choices") if isinstance(stored, dict) else stored, str(file))
+            _load_choices(file, device)
+        for op in OPS.values():
+            op.used = None
         with contextlib.nullcontext() if self.config.train.deterministic else choices.probing():
             loss = self.step(batches)
         used = {name: op.used for name, op in OPS.items() if op.used}
-        write_json(file, {"used": used, "choices": choices.stored()})
+        write_json(file, {"device": device, "used": used, "choices": choices.stored()})
         return loss
 
     def _headline(self, reader: str) -> str:
@@ -319,6 +321,15 @@ def _only_process_in(folder: Path) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it, or name another folder by --out"
             ) from None
         yield
+
+
+def _load_choices(file: Path, device: str) -> None:
+    """Take over a run's choices, unless they were made on another device."""
+    stored = read_json(file)
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{file}: given {stored!r}, allowed what a run has written there")
+    if stored.get("device") == device:
+        choices.load(stored.get("choices"), str(file))
 
 
 class _StopRequest:

@@ -184,3 +184,50 @@ def test_named_backends_reach_the_ops_of_a_model():
         model(*batch(model))
     for op in ("ada_layer_norm", "residual_ada_layer_norm", "linear_gelu", "attention"):
         assert OPS[op].used == "reference"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.func.jvp's own
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "U-ViT-tiny"])
+def test_transforms_go_through_models(name):
+    model = make(name, recompute=True)
+    x, t, labels = batch(model)
+
+    def total(x: Tensor) -> Tensor:
+        return model(x, t, labels).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf), leaf)
+    found = torch.func.grad(total)(x)
+    assert (found - expected).abs().max() <= 256 * UNIT[torch.float32] * expected.abs().max()
+    _, tangent = torch.func.jvp(total, (x,), (torch.ones_like(x),))
+    assert float(tangent.detach()) == pytest.approx(float(expected.sum()), rel=1e-3)
+
+
+def test_models_run_on_shapes_alone():
+    for name in ("DiT-tiny/2", "U-ViT-tiny"):
+        model = make(name).to("meta")
+        x, t, labels = (value.to("meta") for value in batch(model))
+        assert model(x, t, labels).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "U-ViT-tiny"])
+def test_hooks_and_layers_of_others_are_not_passed_over(name):
+    model = make(name)
+    expected = results(model)
+    blocks = list(getattr(model, "blocks", None) or model.in_blocks)
+    seen = []
+    handle = blocks[0].mlp.register_forward_hook(lambda *given: seen.append(given))
+    with pytest.warns(RuntimeWarning, match=r"blocks\.0\.mlp has hooks, .* the model runs in plain PyTorch"):
+        results(model)
+    assert len(seen) == 1
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(results(model), expected, strict=True))
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = blocks[0].mlp.fc1
+    layer.__class__ = Adapter
+    with pytest.warns(RuntimeWarning, match=r"mlp\.fc1 is a Adapter"):
+        assert not torch.equal(results(model)[0], expected[0])

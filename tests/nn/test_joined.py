@@ -85,7 +85,7 @@ def test_gradients_are_parts_of_one():
         place += 4 * layer.weight.numel()
 
 
-def test_a_copy_stays_joined_and_a_moved_part_is_copied():
+def test_copies_and_moved_parts_give_the_same():
     torch.manual_seed(0)
     some, x = layers(), torch.randn(5, 8, requires_grad=True)
     expected = separately(some, x)

@@ -1,9 +1,13 @@
 """Recipes in place of saved tensors."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from erd_fast.nn.rebuild import rebuilt
 
@@ -50,3 +54,31 @@ def test_other_tensors_are_kept():
 def test_without_gradients_there_is_nothing_to_keep():
     with torch.no_grad(), rebuilt(torch.ones(3), lambda: pytest.fail("made again")):
         assert F.linear(torch.ones(3), torch.ones(2, 3)).tolist() == [3, 3]
+
+
+def test_a_pass_without_backward_leaves_nothing_behind():
+    """A node that saves its own output must not come to own itself."""
+    alive: list[weakref.ref] = []
+    for _ in range(3):
+        x = torch.randn(3, 8, requires_grad=True)
+        y = 0.5 * x
+        with rebuilt(y, lambda x=x: halved(x)):
+            out = y.exp()  # saves its output
+        alive.append(weakref.ref(out))
+        del x, y, out
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None, None]
+
+
+def test_tensors_without_memory_of_their_own_are_kept_as_ever():
+    def loss(x: Tensor) -> Tensor:
+        y = 0.5 * x
+        with rebuilt(y, lambda: pytest.fail("made again")):
+            return (y * y).sum()
+
+    x = torch.randn(3)
+    assert torch.allclose(torch.func.grad(loss)(x), 0.5 * x)
+    pair = TwoTensor(x.clone().requires_grad_(), x.clone().requires_grad_())
+    with rebuilt(pair, lambda: pytest.fail("made again")):
+        squares = (pair * pair).sum()
+    squares.backward()

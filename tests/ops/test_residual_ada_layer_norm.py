@@ -149,7 +149,9 @@ def call(**other: object) -> tuple[Tensor, Tensor]:
         ({"gate": torch.randn(8)}, "gate: given shape (8,), allowed (2, 8)"),
         ({"gate": torch.randn(2, 8).half()}, "gate: given torch.float16, allowed torch.float32"),
         ({"branch": torch.empty(2, 3, 8, device="meta")}, "branch: given a tensor on meta, allowed cpu, where x is"),
-        ({"source": Branch(torch.randn(2, 3, 7), torch.randn(2, 3, 7), None)}, "source: given shape (2, 3, 7)"),
+        ({"source": Branch(torch.randn(2, 3, 7), torch.randn(2, 3, 8), None)}, "source.x: given shape (2, 3, 7)"),
+        ({"source": Branch(torch.randn(2, 3, 8), torch.randn(1, 1, 8), None)}, "source.branch: given shape (1, 1, 8)"),
+        ({"source": Branch(*torch.randn(2, 2, 3, 8), torch.randn(8))}, "gate: given shape (8,), allowed (2, 8)"),
     ],
 )
 def test_mistakes_name_op_argument_given_and_allowed(other, message):
@@ -198,3 +200,21 @@ def test_it_compiles_into_one_graph_with_its_gradient():
     results = [gradients(lambda *g, f=f: f(*g), given, douts) for f in (residual_ada_layer_norm, compiled)]
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_sources_lie_in_memory_as_they_like(backend):
+    shape = (3, 63, 72)
+    x, first, second = (tokens(seed, shape, torch.float32) for seed in range(3))
+    gate, shift, scale, gate_2, shift_2, scale_2 = modulation(0, 6, shape, torch.float32)
+    apart = [value.detach().transpose(0, 2).contiguous().transpose(0, 2) for value in (x, first)]
+    turned = gate.detach().t().contiguous().t()
+    with use_backend(backend):
+        x_1, y_1 = residual_ada_layer_norm(x, first, gate, shift, scale)
+        assert torch.equal(rebuild_normalized(Branch(*apart, turned), shift, scale, dtype=torch.float32), y_1)
+        results = []
+        for source in (None, Branch(*apart, turned)):
+            leaf = x_1.detach().requires_grad_()
+            outs = residual_ada_layer_norm(leaf, second, gate_2, shift_2, scale_2, source=source)
+            results.append(torch.autograd.grad(outs[0].sum() + outs[1].square().sum(), (leaf, second, scale_2)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -18,11 +18,23 @@ def test_a_run_keeps_which_backends_it_took_and_goes_on_with_its_choices(tmp_pat
         train(config, tmp_path / "run")
     stored = json.loads(file.read_text())
     assert {"draw", "q_sample", "diffusion_loss", "attention", "linear_gelu"} <= set(stored["used"])
-    assert all(forms for forms in stored["choices"].values())
-    file.write_text(json.dumps({"choices": {"attention": {"of another machine": "triton"}}}))
+    made = {"attention": {"float32[2, 3]": "triton"}}
+    file.write_text(json.dumps({**stored, "choices": made}))
     train(config, tmp_path / "run")
-    kept = json.loads(file.read_text())["choices"]
-    assert kept["attention"].pop("of another machine") == "triton" and kept == stored["choices"]
+    kept = json.loads(file.read_text())
+    assert kept["device"] == stored["device"]
+    assert kept["choices"]["attention"]["float32[2, 3]"] == "triton"
+
+
+def test_choices_of_another_device_are_made_again(tmp_path, tiny, at_step):
+    at_step(3, terminate)
+    with pytest.raises(SystemExit):
+        train(tiny(), tmp_path / "run")
+    file = tmp_path / "run" / "kernels.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "device": "another", "choices": {"attention": {"float32[2, 3]": "triton"}}}))
+    train(tiny(), tmp_path / "run")
+    assert json.loads(file.read_text()) == stored
 
 
 def test_a_deterministic_run_chooses_nothing_by_time(tmp_path, tiny):
@@ -39,7 +51,7 @@ def test_damaged_choices_are_named(tmp_path, tiny, at_step):
     with pytest.raises(SystemExit):
         train(tiny(), tmp_path / "run")
     (tmp_path / "run" / "kernels.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"kernels\.json: given \[1\], allowed backends by op"):
+    with pytest.raises(ConfigError, match=r"kernels\.json: given \[1\], allowed what a run has written there"):
         train(tiny(), tmp_path / "run")
 
 
@@ -47,7 +59,6 @@ def test_plain_pytorch_and_kernels_train_alike_and_may_take_turns(tmp_path, tiny
     """The same losses but for float32 rounding, and a run may change in the middle."""
     losses = {}
     for name in ("on", "off"):
-        OPS["residual_ada_layer_norm"].used = None
         train(tiny(model={"kernels": name}), tmp_path / name)
         assert (OPS["residual_ada_layer_norm"].used is None) == (name == "off")
         losses[name] = [line["loss"] for line in training_lines(tmp_path / name)]
