@@ -51,7 +51,7 @@ def describe() -> str:
     for op, backends in facts["ops"].items():
         for backend, state in backends.items():
             mark = "available" if state["available"] else "not available"
-            lines.append(f"  {op:<16}{backend:<12}{mark}: {state['reason']}")
+            lines.append(f"  {op:<24}{backend:<14}{mark}: {state['reason']}")
     return "\n".join(lines)
 
 

@@ -265,11 +265,11 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "linear_gelu backward erf fp32 again": lambda: _linear_gelu(torch.float32, 1536, "none", True, True, 255),
     "linear_gelu backward 1153 wide again": lambda: _linear_gelu(width=1153, backward=True, again=True),
     "linear_gelu backward 24 wide": lambda: _linear_gelu(width=24, backward=True),
-    "attention 256x72": lambda: _attention(256, 72),
-    "attention 258x64 fp16": lambda: _attention(258, 64, torch.float16),
+    "attention 256x64 fp16": lambda: _attention(256, 64, torch.float16),
+    "attention 258x72": lambda: _attention(258, 72),
     "attention 64x32 fp32": lambda: _attention(64, 32, torch.float32),
-    "attention backward 256x72": lambda: _attention(256, 72, backward=True),
-    "attention backward 258x64 fp16": lambda: _attention(258, 64, torch.float16, backward=True),
+    "attention backward 256x64 fp16": lambda: _attention(256, 64, torch.float16, backward=True),
+    "attention backward 258x72": lambda: _attention(258, 72, backward=True),
     "attention backward 64x32 fp32": lambda: _attention(64, 32, torch.float32, backward=True),
 }
 

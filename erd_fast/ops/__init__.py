@@ -3,9 +3,9 @@
 from erd_fast.ops.ada_layer_norm import ada_layer_norm
 from erd_fast.ops.attention import attention
 from erd_fast.ops.backends import BACKENDS, OPS, use_backend
-from erd_fast.ops.declare import explain
 from erd_fast.ops.diffusion_loss import DiffusionLoss, diffusion_loss
 from erd_fast.ops.draw import Draw, draw
+from erd_fast.ops.explain import explain
 from erd_fast.ops.linear_gelu import gelu_mlp, linear_gelu
 from erd_fast.ops.q_sample import LatentKind, QSample, q_sample
 from erd_fast.ops.residual_ada_layer_norm import Branch, residual_ada_layer_norm

@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from erd_fast.errors import BackendUnavailableError, ConfigError, unknown_name
+from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import choices
-from erd_fast.ops.backends import BACKENDS, OPS, absence, asked_for, interpreted
+from erd_fast.ops.backends import OPS, absence, asked_for, interpreted
 from erd_fast.ops.choices import form_of
 
 Outputs = tuple[Tensor, ...]
 Support = Callable[..., str | None]
-_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("erd_fast_explaining", default=False)
+explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("erd_fastexplaining", default=False)
 _log = logging.getLogger("erd_fast.ops")
 
 
-class _ReachedError(Exception):
+class ReachedError(Exception):
     """An op was reached with these flat arguments, and shall not run."""
 
 
@@ -115,8 +115,8 @@ class Op:
     def __call__(self, *args: Any) -> Outputs:
         if torch.compiler.is_compiling():  # there is nothing to choose yet: the op chooses when the graph runs
             return self.forward.registered(*args, "")
-        if _explaining.get():
-            raise _ReachedError(self, args)
+        if explaining.get():
+            raise ReachedError(self, args)
         backend = self.choose(*args)
         if backend in self.libraries:
             return self._call_library(backend, args)
@@ -149,7 +149,7 @@ class Op:
             return named
         if self.timed:
             chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args, whole)
-            if chosen is not None and self._can_take(chosen, args):  # stored elsewhere, it may be missing here
+            if chosen and chosen in self.candidates(self.forward, args):  # stored elsewhere, it may be missing here
                 return chosen
         return next(self.candidates(self.forward, args))
 
@@ -160,7 +160,7 @@ class Op:
             here = [name for name in self.backends if self._takes(name) in (on, "") and self.refusal(name) is None]
             self._auto[on] = tuple(sorted(here, key=self.lateness))
         for name in self._auto[on]:
-            if direction.reason_against(name, tuple(args)) is None and not self._is_dropped(direction, name, args):
+            if direction.reason_against(name, tuple(args)) is None and not self.is_dropped(direction, name, args):
                 yield name
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
@@ -176,9 +176,6 @@ class Op:
         reason = self.forward.reason_against(backend, args)
         return None if reason is None else (reason, "take another backend for this call")
 
-    def _can_take(self, backend: str, args: tuple[Any, ...]) -> bool:
-        return self.refusal(backend, *args) is None and not self._is_dropped(self.forward, backend, args)
-
     def run(self, direction: Pass, *args: Any) -> Outputs:
         """A pass, with the schema's arguments and the backend's name; "" is still to be chosen.
 
@@ -186,7 +183,7 @@ class Op:
         warning, and the next one takes its place.
         """
         *inputs, backend = args
-        if not backend or self._is_dropped(direction, backend, inputs):
+        if not backend or self.is_dropped(direction, backend, inputs):
             backend = self._own_choice(direction, inputs)
         try:
             return self._run_on(direction, backend, tuple(inputs))
@@ -243,14 +240,13 @@ class Op:
             self.used = backend
             _log.info("%s runs on %s", self.name, backend)
 
-    def _is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
+    def is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
         return bool(self._dropped) and (direction.direction, backend, form_of(args)) in self._dropped
 
     def lateness(self, backend: str) -> int:
         """``auto`` tries those with the lowest number first."""
-        if backend == "reference":
-            return 2
-        return int(backend in self.libraries and self.libraries[backend].late())
+        late = backend in self.libraries and self.libraries[backend].late()
+        return 2 if backend == "reference" else int(late)
 
     def _takes(self, backend: str) -> str:
         """The type of device whose tensors a backend takes; "" is any."""
@@ -370,37 +366,3 @@ def reference_needed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def explain(op: str, *args: Any, **how: Any) -> str:
-    """Which backend ``op`` takes, and why not the others: for a call with these arguments, or without any in general.
-
-    Raises:
-        ConfigError: unknown op. ValueError: arguments that the op does not allow.
-    """
-    if op not in OPS:
-        raise ConfigError(unknown_name("op", op, OPS))
-    declared, flat = OPS[op], ()
-    if args or how:
-        token = _explaining.set(True)
-        try:
-            getattr(importlib.import_module("erd_fast.ops"), op)(*args, **how)
-        except _ReachedError as asked:
-            flat = asked.args[1]
-        else:
-            return f"{op} takes its differentiable reference: the call is within a transform, or needs a gradient"
-        finally:
-            _explaining.reset(token)
-    names = dict.fromkeys((*sorted(declared.backends, key=declared.lateness)[:-1], *BACKENDS))
-    refusals = {backend: declared.refusal(backend, *flat) for backend in names}
-    named = asked_for(op, declared.backends)
-    if named:
-        chosen, why = named, "asked for by name"
-    elif declared.timed and flat and (stored := choices.chosen(op, form_of(flat))):
-        chosen, why = stored, "the fastest when they were timed"
-    else:
-        chosen, why = next(name for name, refusal in refusals.items() if refusal is None), "the first that can run"
-    lines = [f"{op} takes {chosen}, {why}"]
-    for backend, refusal in refusals.items():
-        lines.append(f"  {backend}: {'can run' if refusal is None else '; '.join(refusal)}")
-    return "\n".join(lines)
