@@ -352,7 +352,7 @@ def test_arguments_that_would_read_elsewhere_are_refused(built, wrong, message):
 def through_cuda(built, monkeypatch) -> Iterator[None]:
     """The op as it runs where there is a GPU."""
     op = OPS["linear_gelu"]
-    monkeypatch.setattr(op, "choose", lambda *args: "cuda")
+    monkeypatch.setattr(op, "choose", lambda *args, **how: "cuda")
     kernels = {"forward": built.ops.linear_gelu_fwd, "backward": built.ops.linear_gelu_bwd}
     monkeypatch.setattr(op, "_kernel", lambda backend, direction: kernels[direction.direction])
     yield
