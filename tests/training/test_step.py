@@ -8,6 +8,7 @@ import torch
 
 from erd_fast.data import Batch, LatentStore, open_reader, write_store
 from erd_fast.diffusion import process as process_module
+from erd_fast.nn import blocks
 from erd_fast.ops import Draw
 from erd_fast.training.step import LOSS_BINS, TrainStep, autocast, learning_rate
 
@@ -162,7 +163,8 @@ def test_pixels_are_mirrored_where_the_store_allows_it(make_step, tiny, tmp_path
 def test_bf16_runs_the_model_in_bf16_and_keeps_parameters_and_loss(make_step, tiny, digits, monkeypatch):
     step = make_step(tiny(train={"precision": "bf16"}))
     kinds = []
-    step.model.blocks[0].attn.qkv.register_forward_hook(lambda module, given, result: kinds.append(result.dtype))
+    attend = blocks.attention
+    monkeypatch.setattr(blocks, "attention", lambda qkv, heads: kinds.append(qkv.dtype) or attend(qkv, heads))
     loss = step(_batches(step, digits))
     assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
     assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
