@@ -347,7 +347,7 @@ def _settings(dtype: torch.dtype, width: int, tokens: int, backward: bool) -> _S
     if dtype == torch.float32:  # whole float32 runs on no tensor core, and its operands lie in registers
         return _Settings(16 if backward and width > 96 else 32, 16, 8, 1)
     if backward:
-        block, inner, most_warps, stages = 128, 32 if width <= 96 else 16, 8, 3
+        block, inner, most_warps, stages = (128, 32, 8, 3) if width <= 80 else (64, 16, 4, 2)
     else:
         block, inner, most_warps, stages = 128 if width <= 96 else 64, 64 if width <= 64 else 32, 4, 2
     block, inner = _fitting(block, tokens, least=64), _fitting(inner, tokens, least=32)
