@@ -31,7 +31,7 @@ from erd_fast.ops.choices import form_of
 
 Outputs = tuple[Tensor, ...]
 Support = Callable[..., str | None]
-explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("erd_fastexplaining", default=False)
+explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("erd_fast_explaining", default=False)
 _log = logging.getLogger("erd_fast.ops")
 
 
