@@ -8,7 +8,8 @@ philox.py          Philox words, uniforms, normals and the order bijection: devi
 draw.py            sample, timestep, label drop and flip of each image of a batch
 q_sample.py        stored latents to noisy input and target
 diffusion_loss.py  weighted squared error of a batch, its parts and its gradient
-ada_layer_norm.py  LayerNorm modulated by sample, forward and backward
-residual_ada_layer_norm.py  the same after a branch has joined the residual stream
+rows.py            rows of a matrix as two blocks: device functions for the norms
+residual_ada_layer_norm.py  a branch joins the residual stream, then LayerNorm modulated by sample, forward and backward
+ada_layer_norm.py  the same without a branch
 attention.py       softmax(q k^T) v of packed q, k and v, forward and backward
 """

@@ -2,8 +2,8 @@
 
 A token's row of qkv holds q, k and v, each heads x K: a program reads the tiles of its head through that stride, and
 nothing is transposed or copied. K is covered by two pieces of powers of two, the second one masked: 72 is 64 + 16 and
-costs 80 instead of 128. T is cut into equal blocks and a smaller one for what remains: 258 costs 256 + 16 instead of
-3 x 128.
+costs 80 instead of 128. T is cut into blocks of a size that leaves little of the last one empty: 258 costs 5 x 64
+instead of 3 x 128.
 
 Forward: a program takes a block of queries of one head and walks over the keys with a running maximum. Backward: a
 program takes a block of tokens of one head, first as queries (dq, over all keys), then as keys (dk and dv, over all

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,18 @@ class Stream:
         x: in the stream's dtype. y: in the dtype of matrix products.
     """
 
+    _source: Branch | None
+    """What x was made of, if the stream before it is kept in its place."""
+    _again: Callable[[], Tensor] | None
+    """How y is made again, with ``recompute``."""
+
     def __init__(self, x: Tensor, norm: Norm, dtype: torch.dtype, recompute: bool):
         self.dtype, self.recompute = dtype, recompute
         self.restart(x, norm)
 
     def restart(self, x: Tensor, norm: Norm) -> None:
         """Go on with another stream, ``x``, whose normalisation comes first."""
-        self.x, self._source = x, cast("Branch | None", None)
+        self.x, self._source = x, None
         self.y = ada_layer_norm(x, **norm._asdict(), dtype=self.dtype)
         self._keep("ada_layer_norm", x, norm)
 
@@ -57,8 +62,8 @@ class Stream:
         how = {**norm._asdict(), "dtype": self.dtype}
         self.x, self.y = residual_ada_layer_norm(before, out, gate, source=self._source, **how)
         if self._source is None and torch.is_grad_enabled():  # this stream is kept as it was before the branch
-            self._source = source = Branch(before, out, gate)
-            self._keep("residual_ada_layer_norm", source, norm)
+            self._source = Branch(before, out, gate)
+            self._keep("residual_ada_layer_norm", self._source, norm)
         else:  # and this one will be by the next branch
             self._source = None
             self._keep("residual_ada_layer_norm", self.x, norm)
@@ -74,7 +79,7 @@ class Stream:
     def _keep(self, op: str, made_of: Tensor | Branch, norm: Norm) -> None:
         """How the y that ``op`` gave is made again: of a stream that is kept, or of what a stream was made of. By the
         same backend: the backward pass may run in a thread that knows of no choice."""
-        self._again: Callable[[], Tensor] | None = None
+        self._again = None
         if self.recompute and torch.is_grad_enabled():
             backend = OPS[op].used or "auto"
             self._again = functools.partial(_normalized, _detached(made_of), norm.detached(), self.dtype, backend)

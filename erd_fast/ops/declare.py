@@ -105,6 +105,8 @@ class Op:
     backends: tuple[str, ...]
     libraries: dict[str, Library]
     timed: bool
+    formula: Callable[..., tuple[Tensor | None, ...]] | None = None
+    """The gradient's, as autograd calls it."""
     used: str | None = None
     """The backend of the last call, for logs and benchmarks."""
     _auto: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -283,7 +285,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_refusing_twice(ctx.op)(ctx, *gradients)
+        return None, *ctx.op.formula(ctx, *gradients)
 
 
 def _refusing_twice(op: Op) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -342,7 +344,8 @@ def declare(
         backward.direction = "backward"
         _register(op, backward)
     if gradient is not None:
-        forward.registered.register_autograd(_refusing_twice(op), setup_context=gradient.setup_context)
+        op.formula = _refusing_twice(op)
+        forward.registered.register_autograd(op.formula, setup_context=gradient.setup_context)
     OPS[name] = op
     return op
 

@@ -11,7 +11,7 @@ from erd_fast.benchmark import attention
 from erd_fast.benchmark import ops as bench
 from erd_fast.benchmark.attention import SEQUENCES, AttentionCase
 from erd_fast.benchmark.ops import bench_case, check, truth, variants_of
-from erd_fast.benchmark.workload import Variant, call_of, running
+from erd_fast.benchmark.workload import call_of, running
 from erd_fast.errors import RunError
 from erd_fast.ops import OPS
 
@@ -87,7 +87,3 @@ def test_the_command_writes_its_records(tmp_path, monkeypatch, capsys):
     assert {record["case"] for record in records[2:]} == {f"tiny T=17 H=2 K=16 N=8 {mode}" for mode in MODES}
     assert all(record["tflops"] > 0 for record in records if record["group"] == "attention")
     assert "wrote" in capsys.readouterr().out
-
-
-def test_library_variants_bear_their_names():
-    assert str(Variant("erd-fast", "flash")) == "flash"

@@ -1,5 +1,5 @@
-"""kernels/ada_layer_norm.py in Triton's interpreter against the definition in float64; what its kernels share with
-residual_ada_layer_norm is tested there."""
+"""kernels/ada_layer_norm.py in Triton's interpreter against the definition in float64; the rest of its
+kernels, which are residual_ada_layer_norm's, is tested there."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ CASES = [
 def _small_parts() -> list[Call]:
     """From here on a few rows are many: four to a program forward, two backward; so 17 are nine parts, one of them of a
     single row."""
-    return [Call(OP, how, "__setattr__") for how in (("_FEW_ROWS", 0), ("_CHUNK", 2))]
+    return [Call("residual_ada_layer_norm", how, "__setattr__") for how in (("_FEW_ROWS", 0), ("_CHUNK", 2))]
 
 
 def _two_passes(case: Case, given: list[Tensor], samples: slice = slice(None)) -> list[Call]:
