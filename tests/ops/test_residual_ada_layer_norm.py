@@ -1,6 +1,7 @@
 """residual_ada_layer_norm: every backend that is here against its definition, in values and in every gradient."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -203,7 +204,16 @@ def test_it_compiles_into_one_graph_with_its_gradient():
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_sources_lie_in_memory_as_they_like(backend):
+def test_sources_lie_in_memory_as_they_like(backend, monkeypatch):
+    """Kernels get them side by side."""
+    for direction in (OP.forward, OP.backward):
+        body = direction.body
+
+        def checked(*flat: object, body: Callable[..., tuple[Tensor, ...]] = body) -> tuple[Tensor, ...]:
+            assert all(value.is_contiguous() for value in flat if isinstance(value, Tensor) and value.dim() == 3)
+            return body(*flat)
+
+        monkeypatch.setattr(direction, "body", checked)
     shape = (3, 63, 72)
     x, first, second = (tokens(seed, shape, torch.float32) for seed in range(3))
     gate, shift, scale, gate_2, shift_2, scale_2 = modulation(0, 6, shape, torch.float32)

@@ -163,10 +163,11 @@ def test_pixels_are_mirrored_where_the_store_allows_it(make_step, tiny, tmp_path
 def test_bf16_runs_the_model_in_bf16_and_keeps_parameters_and_loss(make_step, tiny, digits, monkeypatch):
     step = make_step(tiny(train={"precision": "bf16"}))
     kinds = []
-    attend = blocks.attention
+    attend, forward = blocks.attention, step.model.forward
+    monkeypatch.setattr(step.model, "forward", lambda x, t, y: kinds.append(x.dtype) or forward(x, t, y))
     monkeypatch.setattr(blocks, "attention", lambda qkv, heads: kinds.append(qkv.dtype) or attend(qkv, heads))
     loss = step(_batches(step, digits))
-    assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
+    assert kinds == [torch.bfloat16] * 2 and loss.dtype == torch.float32
     assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
     with autocast(tiny(), CPU):
         assert not torch.is_autocast_enabled("cpu")
