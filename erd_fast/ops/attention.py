@@ -49,8 +49,8 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     fastest for the form of ``qkv`` replaces the order. cuDNN is first on compute capability 9 and 10 and last on
     others, as in PyTorch itself; ``efficient`` stands before ``triton`` since what gets so far is float32, which runs
     on its tensor cores in three parts and on none of ours. On a CPU ``flash`` is PyTorch's kernel for CPUs. Within
-    torch.compile PyTorch chooses; so it does on the meta device and under a dispatch mode, unless ``triton`` or
-    ``reference`` was asked for by name.
+    torch.compile, on the meta device and under a dispatch mode PyTorch's function runs, which those know, unless a
+    backend was asked for by name; a graph keeps that name.
 
     No second derivative, but in ``reference``.
     """
@@ -59,8 +59,10 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if reference_needed():
         return attention_reference(qkv, num_heads)
-    if _left_to_torch(qkv):
-        return _sdpa(qkv, num_heads)[0]
+    if torch.compiler.is_compiling() or qkv.is_meta or dispatched((qkv,)):
+        named = _named()
+        if named not in ("triton", "reference"):
+            return (_sdpa if named is None else _op.libraries[named].call)(qkv, num_heads)[0]
     return _op(qkv.contiguous(), num_heads)[0]
 
 
@@ -88,14 +90,12 @@ def _in_autocast(qkv: Tensor) -> bool:
     return not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type)
 
 
-def _left_to_torch(qkv: Tensor) -> bool:
-    """Whether this is no call of a kernel but a trace, or one that a dispatch mode or a tensor subclass has a part in:
-    torch's own function is known to all of them."""
-    if torch.compiler.is_compiling():
-        return True
-    if not qkv.is_meta and not dispatched((qkv,)):
-        return False
-    return asked_for("attention", _op.backends) not in ("triton", "reference")
+def _named() -> str | None:
+    return asked_for("attention", _op.backends)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler to do so: a graph keeps the name.
+_named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

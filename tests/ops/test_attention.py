@@ -189,7 +189,7 @@ def test_the_passes_pass_the_checks_of_torch():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_graph_has_pytorchs_own_attention():
+def test_a_graph_has_pytorchs_own_attention_or_what_was_asked_for():
     qkv, dout = drawn(0)
     graphs: list[str] = []
 
@@ -197,10 +197,12 @@ def test_a_graph_has_pytorchs_own_attention():
         graphs.append(graph.code)
         return graph.forward
 
+    for choice, ours in (("", False), ("attention=flash", False), ("attention=reference", True)):
+        torch.compiler.reset()
+        with use_backend(choice):
+            torch.compile(attention, fullgraph=True, backend=keep)(qkv.detach(), 3)
+        assert ("scaled_dot_product_attention" in graphs[-1]) != ours and ("erd_fast" in graphs[-1]) == ours
     torch.compiler.reset()
-    with use_backend(attention="reference"):
-        torch.compile(attention, fullgraph=True, backend=keep)(qkv.detach(), 3)
-    assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0] and "erd_fast" not in graphs[0]
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     found, expected = (gradients(lambda leaf, f=f: [f(leaf, 3)], [qkv], [dout]) for f in (compiled, torchs_own))
     for value, wanted in zip(found, expected, strict=True):
