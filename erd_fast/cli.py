@@ -43,8 +43,8 @@ class Train:
             print(describe(self.run))
             return
         folder = self.out or Path("runs") / self.preset
-        train(self.run, folder)
-        print(f"report: {write_report(folder)}")
+        if train(self.run, folder) is not None:
+            print(f"report: {write_report(folder)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except ErdFastError as error:
-        print(f"erd-fast: error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"erd-fast: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except BrokenPipeError:  # `erd-fast ... | head`: what reads our output has gone, so there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class ErdFastError(Exception):
-    """Base of every error that a user can cause. The command line prints its message alone, without a traceback."""
+    """Base of every error that a user can cause. The command line prints its message alone, without a traceback.
+
+    Attributes:
+        told: another process tells it.
+    """
+
+    told = False
 
 
 class ConfigError(ErdFastError):

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from erd_fast import page
 from erd_fast.errors import RunError
 from erd_fast.files import read_json, write_text
+from erd_fast.training.build import make_process
 from erd_fast.training.config import RunConfig, load_config
 from erd_fast.training.metrics import read_log
-from erd_fast.training.step import make_process
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -84,16 +84,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunCon
 @pytest.fixture(scope="session")
 def make_step(digits: LatentStore) -> Callable[..., TrainStep]:
     """``make_step(config, store=digits)``: a training step at its start, on the CPU."""
-    from erd_fast.models import create_model
-    from erd_fast.optim import AdamWEMA
-    from erd_fast.training.loop import model_arguments
-    from erd_fast.training.step import TrainStep, make_process
+    from erd_fast.training.build import build_step
 
     def make(config: RunConfig, store: LatentStore = digits) -> TrainStep:
-        model = create_model(**model_arguments(config, store), seed=config.train.seed)
-        optim, device = config.optim, torch.device("cpu")
-        optimizer = AdamWEMA(model.parameters(), lr=optim.lr, ema_decay=optim.ema_decay, grad_clip=optim.grad_clip)
-        return TrainStep(config, model, optimizer, make_process(config), store, device)
+        return build_step(config, store, torch.device("cpu"))
 
     return make
 
@@ -104,14 +98,14 @@ def at_step(monkeypatch):
     from erd_fast.training.step import TrainStep
 
     def patch(number: int, act) -> None:
-        call, taken = TrainStep.__call__, []
+        compute, taken = TrainStep.compute, []
 
         def counted(self, batches):
             taken.append(None)
             if len(taken) == number:
                 act()
-            return call(self, batches)
+            compute(self, batches)
 
-        monkeypatch.setattr(TrainStep, "__call__", counted)
+        monkeypatch.setattr(TrainStep, "compute", counted)
 
     return patch

@@ -62,7 +62,8 @@ def model_flops(model: DiffusionModel) -> int:
 
     Counted by PyTorch's own counter, on shapes alone. Training costs three times as much.
     """
-    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    shapes = {name: torch.empty_like(tensor, device="meta", dtype=torch.float32) for name, tensor in named}
     x = torch.empty(1, model.in_channels, model.input_size, model.input_size, device="meta")
     t = torch.zeros(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta") if model.num_classes else None

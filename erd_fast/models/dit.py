@@ -106,11 +106,11 @@ class DiT(DiffusionModel):
     def _fused(self, patches: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """A branch's end and the normalisation after it are one pass, also from the last branch of a block to the next
         block; all conditioning is one product."""
-        tokens = (self.x_embedder.fused(patches) + self.pos_embed).to(self.residual)
-        modulation = joined_linear(F.silu(self._condition(t, y)), self._conditioned())
+        dtype = self.compute_dtype(self.final_layer.linear.weight)
+        tokens = (self.x_embedder.fused(patches.to(dtype)) + self.pos_embed).to(self.residual)
+        modulation = joined_linear(F.silu(self._condition(t, y)).to(dtype), self._conditioned())
         shift, scale, *parts = modulation.split(self.hidden_size, dim=-1)
         recompute = tokens.is_cuda if self.recompute is None else self.recompute
-        dtype = self.compute_dtype(self.final_layer.linear.weight)
         stream = Stream(tokens, Norm(_NORM_EPS, shift, scale), dtype, recompute)
         for block in cast("Iterable[DiTBlock]", self.blocks):
             gate_attn, shift_mlp, scale_mlp, gate_mlp, shift, scale, *parts = parts

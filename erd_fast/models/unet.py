@@ -111,9 +111,10 @@ class UNet(DiffusionModel):
         """x (N, C, H, W) float, t (N,) as trained (index, or t in (0, 1)), y (N,) int64 labels -> (N, C or 2C, H,
         W)."""
         self.check_inputs(x, y)
-        c = self.time_embed(timestep_embedding(t, self.model_channels).to(next(self.time_embed.parameters()).dtype))
+        dtype = next(self.time_embed.parameters()).dtype
+        c = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))
         if self.label_emb is not None:
-            c = c + self.label_emb(y)
+            c = (c + self.label_emb(y)).to(dtype)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, c)

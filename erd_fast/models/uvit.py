@@ -107,7 +107,8 @@ class UViT(DiffusionModel):
         """
         self.check_inputs(x, y)
         if self.fused(self.decoder_pred.weight):
-            tokens = self._fused(self._embed(self.patch_embed.fused(self.as_tokens(x)), t, y))
+            dtype = self.compute_dtype(self.decoder_pred.weight)
+            tokens = self._fused(self._embed(self.patch_embed.fused(self.as_tokens(x).to(dtype)), t, y), dtype)
         else:
             tokens = self._plain(self._embed(self.patch_embed(self.as_images(x)), t, y))
         patches = self.decoder_pred(tokens)[:, self.extra_tokens :]
@@ -126,12 +127,11 @@ class UViT(DiffusionModel):
             tokens = block(tokens, skips.pop())
         return self.norm(tokens)
 
-    def _fused(self, tokens: Tensor) -> Tensor:
+    def _fused(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """A branch's end and the normalisation after it are one pass, except before a skip's linear layer."""
         descent = cast("list[UViTBlock]", [*self.in_blocks, self.mid_block])
         ascent = cast("list[UViTBlock]", [self.mid_block, *self.out_blocks])
         recompute = tokens.is_cuda if self.recompute is None else self.recompute
-        dtype = self.compute_dtype(self.decoder_pred.weight)
         stream = Stream(tokens.to(self.residual), Norm.of(descent[0].norm1), dtype, recompute)
         skips = []
         for block, following in itertools.pairwise(descent):
@@ -149,7 +149,8 @@ class UViT(DiffusionModel):
         return stream.y
 
     def _embed(self, patches: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))
+        read_by = next(self.time_embed.parameters(), self.pos_embed)
+        time = self.time_embed(timestep_embedding(t, self.hidden_size).to(read_by.dtype))
         tokens = [time[:, None], patches]
         if self.label_emb is not None:
             tokens.insert(0, self.label_emb(y)[:, None])

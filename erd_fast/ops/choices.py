@@ -32,6 +32,8 @@ def form_of(args: Sequence[Any]) -> str:
 def _form(arg: Any) -> str:
     if isinstance(arg, Tensor):
         return f"{str(arg.dtype).removeprefix('torch.')}{list(arg.shape)}"
+    if isinstance(arg, list) and any(isinstance(item, Tensor) for item in arg):
+        return f"{len(arg)} tensors"
     return str(arg).removeprefix("torch.")
 
 

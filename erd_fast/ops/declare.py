@@ -50,6 +50,7 @@ class Pass:
         outputs: empty outputs for these arguments.
         launch: ``launch(kernel, inputs, outputs)`` calls a backend's kernel.
         supports: by backend, a function of the arguments that gives the reason why it cannot take them, or None.
+        mutates: names of arguments that it changes; the schema marks them too.
     """
 
     schema: str
@@ -57,6 +58,7 @@ class Pass:
     outputs: Callable[..., Outputs]
     launch: Callable[[Callable[..., None], tuple[Any, ...], Outputs], None]
     supports: dict[str, Support] = dataclasses.field(default_factory=dict)
+    mutates: tuple[str, ...] = ()
     direction: str = "forward"
     registered: Any = None
 
@@ -157,7 +159,7 @@ class Op:
 
     def candidates(self, direction: Pass, args: Sequence[Any]) -> Iterator[str]:
         """Backends that can take a call, the one that is tried first first; the last is the reference."""
-        on = _device_type(args)
+        on = _device(args).type
         if on not in self._auto:
             here = [name for name in self.backends if self._takes(name) in (on, "") and self.refusal(name) is None]
             self._auto[on] = tuple(sorted(here, key=self.lateness))
@@ -172,7 +174,7 @@ class Op:
         missing = self.libraries[backend].absence() if backend in self.libraries else absence(backend)
         if missing is not None or not args or backend == "reference":
             return missing
-        on, wants = _device_type(args), self._takes(backend)
+        on, wants = _device(args).type, self._takes(backend)
         if wants not in (on, ""):
             return f"it takes {wants} tensors, and these are on {on}", f"move them to {wants}, or take another backend"
         reason = self.forward.reason_against(backend, args)
@@ -230,8 +232,9 @@ class Op:
         if backend == "reference":
             return direction.body(*inputs)
         outputs = direction.outputs(*inputs)
-        if backend == "triton" and outputs[0].is_cuda:  # it launches on the current device; csrc has a guard of its own
-            with torch.cuda.device(outputs[0].device):
+        device = _device(inputs)
+        if backend == "triton" and device.type == "cuda":  # it launches on the current device; csrc has its own guard
+            with torch.cuda.device(device):
                 direction.launch(self._kernel(backend, direction), inputs, outputs)
         else:
             direction.launch(self._kernel(backend, direction), inputs, outputs)
@@ -302,8 +305,8 @@ def _refusing_twice(op: Op) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
-def _device_type(args: Sequence[Any]) -> str:
-    return next(arg for arg in args if isinstance(arg, Tensor)).device.type
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(arg for arg in args if isinstance(arg, Tensor)).device
 
 
 def dispatched(args: tuple[Any, ...]) -> bool:
@@ -357,7 +360,7 @@ def _register(op: Op, direction: Pass) -> None:
         return op.run(direction, *args)
 
     called = f"erd_fast::{op.name}_{_SUFFIX[direction.direction]}"
-    direction.registered = torch.library.custom_op(called, run, mutates_args=(), schema=full)
+    direction.registered = torch.library.custom_op(called, run, mutates_args=direction.mutates, schema=full)
     direction.registered.register_fake(lambda *args: direction.outputs(*args[:-1]))
 
 

@@ -1,32 +1,64 @@
-"""AdamW with gradient clipping and an exponential moving average of the parameters, as one optimizer."""
+"""AdamW with gradient clipping, loss scaling and averages of the parameters, as one optimizer of two ops."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from erd_fast.errors import ConfigError
+from erd_fast.ops.adamw_ema import (
+    COLUMNS,
+    GROWTH_INTERVAL,
+    INITIAL_LOSS_SCALE,
+    Factor,
+    Setting,
+    StepState,
+    adamw_ema,
+)
+from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, capturing
+from erd_fast.ops.grad_norm import check_dense, grad_norm
+
+_OWN = "erd_fast"  # the key of what a state_dict has besides torch's
 
 
-class AdamWEMA(torch.optim.AdamW):
+class AdamWEMA(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that clips by the global norm and averages the parameters.
 
-    After each step ``ema <- ema + (1 - d) (parameter - ema)``, beginning at the initial parameters. The decay warms up:
-    ``d = min(ema_decay, (1 + n) / (10 + n))`` for step n = 0, 1, ..., so that short runs do not average their start in.
+    A step is :func:`erd_fast.ops.adamw_ema.adamw_ema`, which gives the formulas: two passes over memory, of which the
+    first reads the gradients for their norm. All that it counts is on the device, nothing is read back, and a captured
+    CUDA graph of a step goes on by itself. A step whose gradients are not finite changes no parameter and no state; it
+    is counted in ``skipped``.
+
+    Averages begin at the initial parameters. Their decay warms up, ``min(ema_decay, n / (n + 9))`` at step n = 1, 2,
+    ..., so that short runs do not average their start in.
+
+    A parameter in bfloat16 or float16 has a float32 master in its state, ``state[p]["master"]``, which the step
+    changes; the parameter is a copy of it. A gradient in ``p.main_grad``, of any of the dtypes, goes before ``p.grad``:
+    there one may sum micro-batches of a low-precision parameter in float32.
+
+    Learning rates follow ``group["lr"]`` as torch's schedulers set it, times the warm-up and half cosine of ``warmup``
+    and ``cosine_steps``, which the device works out.
 
     Args:
         params: parameters or groups.
         lr, betas, eps, weight_decay: AdamW's.
-        ema_decay: decay of the average, 0 <= ema_decay < 1.
+        ema_decay: decay of the average, 0 <= ema_decay < 1, or up to four of them: averages ``state[p]["ema"]``,
+            ``["ema_1"]``, ...
         grad_clip: largest global gradient norm; 0 does not clip.
+        warmup: steps in which the rate grows linearly.
+        cosine_steps: step at which half a cosine after the warm-up ends at 0; 0 keeps the rate.
+        masters: float32 values of low-precision parameters, where they are known better than as the parameters.
+        scale_loss: scale for float16: begins at 65536, doubled after 2000 steps without overflow, halved at each.
 
     Attributes:
-        grad_norm: () float32 tensor, global norm of the last step's gradients before clipping.
+        counts: (3,) int64 tensor: steps taken, steps since the loss scale changed, steps skipped.
 
     Raises:
-        ConfigError: ema_decay or grad_clip outside its range.
+        ConfigError: ema_decay, grad_clip, warmup or cosine_steps outside its range.
+        ValueError: parameters on several devices, in integers, or with holes in their memory.
     """
 
     def __init__(
@@ -37,63 +69,230 @@ class AdamWEMA(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        ema_decay: float = 0.9999,
+        ema_decay: float | tuple[float, ...] = 0.9999,
         grad_clip: float = 0.0,
+        warmup: int = 0,
+        cosine_steps: int = 0,
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scale_loss: bool = False,
     ):
-        if not 0.0 <= ema_decay < 1.0:
-            raise ConfigError(f"AdamWEMA: ema_decay: given {ema_decay}, allowed 0 <= ema_decay < 1")
-        if grad_clip < 0.0:
-            raise ConfigError(f"AdamWEMA: grad_clip: given {grad_clip}, allowed 0 (off) or more")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self.grad_norm = torch.zeros(())
-        # What a group may have of its own, also one that joins later by add_param_group.
-        self.defaults |= {"ema_decay": ema_decay, "grad_clip": grad_clip, "ema_steps": 0}
-        for group in self.param_groups:
-            for name in ("ema_decay", "grad_clip", "ema_steps"):
-                group.setdefault(name, self.defaults[name])
+        decays = ema_decay if isinstance(ema_decay, tuple) else (ema_decay,)
+        _check(decays, grad_clip, warmup, cosine_steps)
+        self._decays = len(decays)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
+        defaults |= {"grad_clip": grad_clip, "warmup": warmup, "cosine_steps": cosine_steps, "start": 0}
+        super().__init__(params, defaults)
+        self._masters = dict(masters or {})
+        self._growth_interval = GROWTH_INTERVAL if scale_loss else 0
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        device = parameters[0].device
+        double = any(p.dtype == torch.float64 for p in parameters)
+        dtype = torch.float64 if double else torch.float32
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        scale = INITIAL_LOSS_SCALE if scale_loss else 1.0
+        self._scalars = torch.tensor([scale, 0.0], dtype=dtype, device=device)
+        self._table = ChunkTable(device)
+        self._settings_given: list[list[float]] = []
+        self._settings = torch.zeros((0, COLUMNS), dtype=torch.float64, device=device)
+        self._factors = torch.zeros((0, COLUMNS), dtype=dtype, device=device)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """() tensor on the device: what the loss of the next step is to be multiplied by; 1 without ``scale_loss``."""
+        return self._scalars[0]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """() tensor on the device: norm of the last step's gradients, unscaled and before clipping."""
+        return self._scalars[1]
+
+    @property
+    def last_lr(self) -> Tensor:
+        """() tensor on the device: learning rate of the first group in the last step."""
+        return self._factors[0, Factor.LR]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's warm-up and corrections of bias begin with its first step."""
+        if hasattr(self, "counts"):
+            param_group = {"start": int(self.counts[0]), **param_group}
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            _check_parameter(parameter, self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Clip, AdamW, average. Parameters without a gradient are left alone, and so is their average."""
+        """Norm, then clip, AdamW, average, copy. Parameters without a gradient are left alone, and so is their
+        average."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        self._clip(groups)
-        # torch.optim fills an empty state at its first step, so the average joins it only afterwards.
-        before = {p: p.clone() for _, params in groups for p in params if p not in self.state}
-        super().step()
-        for group, params in groups:
-            for parameter in params:
-                if parameter in before:
-                    self.state[parameter]["ema"] = before[parameter]
-            steps = group["ema_steps"]
-            decay = min(group["ema_decay"], (1 + steps) / (10 + steps))
-            if params:
-                torch._foreach_lerp_([self.state[p]["ema"] for p in params], params, 1.0 - decay)
-            group["ema_steps"] = steps + 1
+        slots = [
+            self._slot(parameter, number)
+            for number, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if _gradient(parameter) is not None
+        ]
+        self._table.update(slots)
+        self.refresh()
+        if slots:
+            norm = grad_norm([slot.gradient for slot in slots], self._table)
+            state = StepState(self.counts, self._scalars, self._factors)
+            adamw_ema(slots, self._table, self._settings, norm, state, growth_interval=self._growth_interval)
+        else:
+            self._scalars[1] = 0.0
         return loss
 
+    def refresh(self) -> None:
+        """Take over what schedulers and users changed in ``param_groups``, and addresses that a capture noted: call it
+        before each replay of a captured step. Without changes, and within a capture, it does nothing."""
+        self._table.upload()
+        given = [self._setting(group) for group in self.param_groups]
+        if given == self._settings_given or capturing(self.counts.device):
+            return
+        if len(given) != len(self._settings):
+            self._settings = self._settings.new_zeros((len(given), COLUMNS))
+            self._factors = self._factors.new_zeros((len(given), COLUMNS))
+        self._settings.copy_(torch.tensor(given, dtype=torch.float64))
+        self._settings_given = given
+
+    def average(self, parameter: nn.Parameter, index: int = 0) -> Tensor:
+        """The average of a parameter, float32; before its first step itself."""
+        state = self.state.get(parameter, {})
+        return state[_ema(index)] if state else parameter.detach()
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """What the step changes: the parameter, or of one in low precision its float32 values."""
+        state = self.state.get(parameter, {})
+        return state.get("master", self._masters.get(parameter, parameter)).detach()
+
     @contextlib.contextmanager
-    def swap_ema(self) -> Iterator[None]:
-        """Within the block the parameters hold their averages. Contents are exchanged, never addresses."""
-        self._exchange()
+    def swap_ema(self, index: int = 0) -> Iterator[None]:
+        """Within the block the parameters hold their averages. Contents are exchanged, never addresses; parameters in
+        low precision hold rounded averages, and afterwards what their masters say."""
+        self._exchange(index)
         try:
             yield
         finally:
-            self._exchange()
+            self._exchange(index, back=True)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _exchange(self, index: int, back: bool = False) -> None:
         for parameter, state in self.state.items():
-            kept = parameter.clone()
-            parameter.copy_(state["ema"])
-            state["ema"].copy_(kept)
+            ema = state[_ema(index)]
+            if "master" in state:
+                parameter.copy_(state["master"] if back else ema)
+            else:
+                kept = parameter.clone()
+                parameter.copy_(ema)
+                ema.copy_(kept)
 
-    def _clip(self, groups: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        gradients = [p.grad for _, params in groups for p in params if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        for group, params in groups:
-            if group["grad_clip"] > 0:
-                torch.nn.utils.clip_grads_with_norm_(params, group["grad_clip"], self.grad_norm)
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and under ``"erd_fast"`` what the device counts."""
+        own = {"counts": self.counts.clone(), "scalars": self._scalars.clone()}
+        return {**super().state_dict(), _OWN: own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`; tensors that are there already keep their memory.
+
+        Raises:
+            ConfigError: it is not one of an AdamWEMA.
+        """
+        if _OWN not in state_dict:
+            raise ConfigError(f"AdamWEMA: state_dict: given keys {sorted(state_dict)}, allowed those of an AdamWEMA")
+        before = {parameter: dict(state) for parameter, state in self.state.items()}
+        given = {key: value for key, value in state_dict.items() if key != _OWN}
+        super().load_state_dict(given)
+        # torch casts a state to the dtype of its parameter, which would round masters and moments.
+        numbers = [number for group in given["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in given["state"]:
+                kept = before.get(parameter, {})
+                self.state[parameter] = {
+                    name: _into(kept.get(name), value, parameter) for name, value in given["state"][number].items()
+                }
+        self.counts.copy_(state_dict[_OWN]["counts"])
+        self._scalars.copy_(state_dict[_OWN]["scalars"])
+
+    def _slot(self, parameter: nn.Parameter, group: int) -> Slot:
+        state = self.state[parameter]
+        if not state:
+            state |= self._new_state(parameter)
+        gradient = _gradient(parameter)
+        assert gradient is not None
+        if gradient.stride() != parameter.stride():  # chunks are runs of memory, so all must have one order
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        master = state.get("master")
+        return Slot(
+            gradient,
+            parameter.detach() if master is None else master,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            None if master is None else parameter.detach(),
+            tuple(state[_ema(index)] for index in range(self._decays)),
+            group,
+        )
+
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = {}
+        value = parameter.detach()
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            known = self._masters.pop(parameter, value)
+            value = state["master"] = torch.empty_like(value, dtype=torch.float32).copy_(known)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
+        return state | {_ema(index): value.clone() for index in range(self._decays)}
+
+    def _setting(self, group: dict[str, Any]) -> list[float]:
+        decays = group["ema_decay"] if isinstance(group["ema_decay"], tuple) else (group["ema_decay"],)
+        named = {
+            Setting.LR: group["lr"],
+            Setting.BETA1: group["betas"][0],
+            Setting.BETA2: group["betas"][1],
+            Setting.EPS: group["eps"],
+            Setting.WEIGHT_DECAY: group["weight_decay"],
+            Setting.GRAD_CLIP: group["grad_clip"],
+            Setting.WARMUP: group["warmup"],
+            Setting.COSINE_STEPS: group["cosine_steps"],
+            Setting.START: group["start"],
+            **{Setting.EMA_DECAY + index: decay for index, decay in enumerate(decays)},
+        }
+        return [float(named.get(column, 0.0)) for column in range(COLUMNS)]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    main = getattr(parameter, "main_grad", None)
+    return parameter.grad if main is None else main
+
+
+def _ema(index: int) -> str:
+    return f"ema_{index}" if index else "ema"
+
+
+def _into(kept: Tensor | None, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """``value`` in the memory of ``kept``, or in memory of its own in the order of the parameter's dimensions."""
+    if kept is None:
+        kept = torch.empty_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format).detach()
+    return kept.copy_(value)
+
+
+def _check(decays: tuple[float, ...], grad_clip: float, warmup: int, cosine_steps: int) -> None:
+    if not 1 <= len(decays) <= MOST_EMAS:
+        raise ConfigError(f"AdamWEMA: ema_decay: given {len(decays)} of them, allowed 1 to {MOST_EMAS}")
+    for decay in decays:
+        if not 0.0 <= decay < 1.0:
+            raise ConfigError(f"AdamWEMA: ema_decay: given {decay}, allowed 0 <= ema_decay < 1")
+    if not 0.0 <= grad_clip < math.inf:
+        raise ConfigError(f"AdamWEMA: grad_clip: given {grad_clip}, allowed 0 (off) or more")
+    for name, steps in (("warmup", warmup), ("cosine_steps", cosine_steps)):
+        if steps < 0:
+            raise ConfigError(f"AdamWEMA: {name}: given {steps}, allowed 0 (off) or more")
+
+
+def _check_parameter(parameter: nn.Parameter, device: torch.device) -> None:
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"AdamWEMA: params: given {parameter.dtype}, allowed float32, bfloat16, float16 and float64")
+    if parameter.device != device:
+        raise ValueError(f"AdamWEMA: params: given some on {parameter.device} and {device}, allowed one device")
+    check_dense("AdamWEMA", "params", parameter)

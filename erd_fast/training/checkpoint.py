@@ -3,10 +3,10 @@
 ::
 
     checkpoints/step-00000120/
-        model.safetensors      parameters and buffers, stock keys
+        model.safetensors      parameters (float32) and buffers, stock keys
         ema.safetensors        the same with averaged parameters: what samples
-        training.safetensors   AdamW's moments and the sums of the open log interval
-        state.json             step, images, EMA steps, sizes of the model and the objective
+        training.safetensors   AdamW's moments and counts, and the sums of the open log interval
+        state.json             step, images, sizes of the model and the objective
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from erd_fast.errors import DataError
 from erd_fast.files import new_folder, read_json, write_json
 from erd_fast.training.step import TrainStep
 
-FORMAT_VERSION = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+FORMAT_VERSION = 2
+_MOMENTS, _COUNTED = ("exp_avg", "exp_avg_sq"), ("counts", "scalars")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,6 @@ class CheckpointState:
 
     step: int
     images: int
-    ema_steps: int
     data: str
     """Fingerprint of the store."""
     model: dict[str, Any]
@@ -48,15 +47,21 @@ class CheckpointState:
     format_version: int = FORMAT_VERSION
 
 
-def save_checkpoint(folder: Path, state: CheckpointState, step: TrainStep, keep: int) -> Path:
-    """Write ``folder/step-XXXXXXXX`` and remove all but the newest ``keep`` (0: none is removed)."""
+def save_checkpoint(
+    folder: Path, state: CheckpointState, step: TrainStep, totals: dict[str, Tensor], keep: int
+) -> Path:
+    """Write ``folder/step-XXXXXXXX`` and remove all but the newest ``keep`` (0: none is removed). ``totals`` are those
+    of all ranks."""
     path = folder / f"step-{state.step:08d}"
     if not path.is_dir():
         with new_folder(path) as partial:
-            save_file(_on_cpu(step.model.state_dict()), partial / "model.safetensors")
-            with step.optimizer.swap_ema():
-                save_file(_on_cpu(step.model.state_dict()), partial / "ema.safetensors")
-            save_file(_on_cpu(_training_tensors(step)), partial / "training.safetensors")
+            buffers, optimizer = dict(step.model.named_buffers()), step.optimizer
+            named = dict(step.model.named_parameters())
+            weights = {name: optimizer.master(parameter) for name, parameter in named.items()}
+            averages = {name: optimizer.average(parameter) for name, parameter in named.items()}
+            save_file(_on_cpu(weights | buffers), partial / "model.safetensors")
+            save_file(_on_cpu(averages | buffers), partial / "ema.safetensors")
+            save_file(_on_cpu(_training_tensors(step, totals)), partial / "training.safetensors")
             write_json(partial / "state.json", dataclasses.asdict(state))
     if keep:
         for old in _complete(folder)[:-keep]:
@@ -95,25 +100,30 @@ def load_weights(path: Path, model: nn.Module, ema: bool = True) -> None:
 
 @torch.no_grad()
 def restore(path: Path, state: CheckpointState, step: TrainStep) -> None:
-    """Put parameters, averages, moments, open sums and the image counter back as they were saved, bit for bit."""
+    """Put parameters, averages, moments, counts, open sums and the image counter back as they were saved, bit for bit;
+    sums on the first rank alone."""
     load_weights(path, step.model, ema=False)
-    averages, tensors = _read(path / "ema.safetensors"), _read(path / "training.safetensors")
+    weights, averages, tensors = (_read(path / f"{name}.safetensors") for name in ("model", "ema", "training"))
+    optimizer, found = step.optimizer, {}
     try:
-        for name, parameter in step.model.named_parameters():
-            moments = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS}
-            moments["ema"] = averages[name]
-            step.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in moments.items()}
+        for number, (name, parameter) in enumerate(step.model.named_parameters()):
+            found[number] = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS} | {"ema": averages[name]}
+            if parameter.dtype != torch.float32:
+                found[number]["master"] = weights[name]
+        own = {name: tensors[f"optimizer.{name}"] for name in _COUNTED}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": found, "erd_fast": own})
         for name, total in step.totals.items():
-            total.copy_(tensors[f"totals.{name}"])
+            if step.ranks.first or name == "steps":
+                total.copy_(tensors[f"totals.{name}"])
     except KeyError as error:
         raise DataError(f"{path}: tensor {error} is missing") from error
-    for group in step.optimizer.param_groups:
-        group["ema_steps"] = state.ema_steps
     step.counter.fill_(state.images)
 
 
-def _training_tensors(step: TrainStep) -> dict[str, Tensor]:
-    tensors = {f"totals.{name}": total for name, total in step.totals.items()}
+def _training_tensors(step: TrainStep, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"totals.{name}": total for name, total in totals.items()}
+    own = step.optimizer.state_dict()["erd_fast"]
+    tensors |= {f"optimizer.{name}": own[name] for name in _COUNTED}
     for name, parameter in step.model.named_parameters():
         for kind in _MOMENTS:
             tensors[f"{kind}.{name}"] = step.optimizer.state[parameter][kind]

@@ -16,7 +16,7 @@ from erd_fast.diffusion.weighting import Normalize, Reading
 from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models import MODELS
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Switch = Literal["on", "off"]
 LrSchedule = Literal["constant", "cosine"]
 T = TypeVar("T")
@@ -37,7 +37,12 @@ class TrainConfig:
     label_drop: float = 0.1
     """Probability of training an image without its label; 0 trains no null label, and guidance is not possible."""
     precision: Precision = "bf16"
-    """Of the forward and backward pass; parameters, optimizer state and loss are fp32."""
+    """Of the forward and backward pass; master parameters, optimizer state and loss are fp32. fp16 scales its loss;
+    tf32 is fp32 with TensorFloat-32 products on a GPU."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over ranks; bf16 halves what they send, and rounds."""
+    cuda_graph: Switch = "on"
+    """On a GPU the whole step as one CUDA graph; off launches kernel by kernel, with the same numbers."""
     deterministic: bool = False
     """Refuse operations whose result can differ between two runs on one machine."""
     log_every: int = 100
@@ -57,6 +62,9 @@ class TrainConfig:
             "train.micro_batch", self.micro_batch, divides, f"divisors of train.batch_size = {self.batch_size}, or 0"
         )
         _one_of("train.precision", self.precision, get_args(Precision))
+        _one_of("train.reduce_dtype", self.reduce_dtype, ("fp32", "bf16"))
+        _on_off(self, "cuda_graph")
+        _one_of("train.cuda_graph", self.cuda_graph, get_args(Switch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +100,7 @@ class ModelConfig:
     """Make normalised inputs and GELU's outputs again in the backward pass, not keep them; auto is on a GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("kernels", "recompute"):
-            if isinstance(value := getattr(self, name), bool):  # what YAML makes of on and off
-                object.__setattr__(self, name, "on" if value else "off")
+        _on_off(self, "kernels", "recompute")
         _one_of("model.name", self.name, MODELS)
         _one_of("model.kernels", self.kernels, get_args(Switch))
         _one_of("model.residual", self.residual, ("fp32", "bf16"))
@@ -236,6 +242,7 @@ class RunConfig:
 MAY_CHANGE_ON_RESUME = {
     "train.steps",
     "train.micro_batch",
+    "train.cuda_graph",
     "eval.every",
     "data.path",
     "data.loader",
@@ -321,6 +328,13 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def _allow(field: str, given: Any, right: bool, allowed: str) -> None:
     if not right:
         raise ConfigError(f"{field}: given {given!r}, allowed {allowed}")
+
+
+def _on_off(config: Any, *names: str) -> None:
+    """YAML makes true and false of on and off; back again."""
+    for name in names:
+        if isinstance(value := getattr(config, name), bool):
+            object.__setattr__(config, name, "on" if value else "off")
 
 
 def _at_least(section: str, config: Any, **limits: float) -> None:

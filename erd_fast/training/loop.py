@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import math
-import os
 import signal
 import sys
 import time
@@ -12,37 +11,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from erd_fast.data import Batch, LatentStore, open_dataset, open_reader
 from erd_fast.errors import ConfigError, RunError
-from erd_fast.files import make_folder, read_json, remove_partial, write_json, write_text
+from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import create_model, model_flops
-from erd_fast.ops import OPS, choices
-from erd_fast.optim import AdamWEMA
+from erd_fast.ops.adamw_ema import SMALLEST_SCALE
+from erd_fast.training.build import build_step, model_arguments
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
+from erd_fast.training.distributed import Ranks, check_equal, check_shares, process_group
+from erd_fast.training.graph import StepGraph
 from erd_fast.training.metrics import RunLog, Speed, read_log
 from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
-from erd_fast.training.step import TrainStep, learning_rate, make_process
+from erd_fast.training.rehearsal import rehearse, write_choices
+
+_AGREE_EVERY = 10
+"""Steps between the moments at which ranks tell each other of a signal."""
+_NOT_FINITE = "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
 
 
-def train(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Train ``config`` in the run folder, from its newest checkpoint if it has one. Returns the last metrics.
+def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Train ``config`` in the run folder, from its newest checkpoint if it has one. Returns the last metrics, on the
+    first rank alone.
+
+    Under torchrun each process is a rank that does its share of every batch; the first one writes the folder, which all
+    must see.
 
     The first SIGINT or SIGTERM ends the current step, saves a checkpoint and exits with 128 + its number.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or the configuration does not fit the store.
         DataError: the store or a checkpoint is damaged.
-        RunError: no permission, another process trains in the folder, or the loss is not finite.
+        RunError: no permission, another process trains in the folder, the loss is not finite, a step does not fit into
+            the GPU, or another rank has stopped.
     """
-    _check_folder(config, folder)
-    run = _Run(config, folder, open_store(config))  # before anything is written: sizes may not be allowed
-    make_folder(folder)
-    with _only_process_in(folder), _stop_requests() as stop:
-        return run.go(stop)
+    with process_group() as (ranks, device):
+        ranks.together(lambda: _check_folder(config, folder))
+        store = ranks.together(lambda: open_store(config))
+        _check_ranks(config, folder, store, ranks)
+        # Before anything is written: sizes may not be allowed.
+        run = ranks.together(lambda: _Run(config, folder, store, ranks, device))
+        with contextlib.ExitStack() as held:
+            ranks.from_first(lambda: _take_folder(folder, held))
+            metrics = run.go(held.enter_context(_stop_requests()))
+        return metrics if ranks.first else None
 
 
 def open_store(config: RunConfig) -> LatentStore:
@@ -56,29 +70,6 @@ def open_store(config: RunConfig) -> LatentStore:
     if height != width:
         raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
     return store
-
-
-def model_arguments(config: RunConfig, store: LatentStore) -> dict[str, Any]:
-    """Arguments of ``create_model`` for this configuration on this store."""
-    channels, size, _ = store.manifest.shape
-    return {
-        "name": config.model.name,
-        **config.model.overrides(),
-        "input_size": size,
-        "in_channels": channels,
-        "num_classes": store.manifest.num_classes,
-        "null_label": config.train.label_drop > 0,
-    }
-
-
-def computing(config: RunConfig) -> dict[str, Any]:
-    """Arguments of ``create_model`` that say how the model computes, and not what."""
-    model = config.model
-    return {
-        "kernels": model.kernels == "on",
-        "residual": torch.bfloat16 if model.residual == "bf16" else torch.float32,
-        "recompute": {"auto": None, "on": True, "off": False}[model.recompute],
-    }
 
 
 def describe(config: RunConfig) -> str:
@@ -97,49 +88,38 @@ def describe(config: RunConfig) -> str:
 
 
 class _Run:
-    """One process's work on one run folder."""
+    """One rank's work on one run folder."""
 
-    def __init__(self, config: RunConfig, folder: Path, store: LatentStore):
-        self.config, self.folder, self.store = config, folder, store
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
-            torch.use_deterministic_algorithms(True)
-        optim = config.optim
-        self.arguments = model_arguments(config, store)
-        how = computing(config)
-        model = create_model(**self.arguments, **how, seed=config.train.seed).to(self.device)
-        optimizer = AdamWEMA(
-            model.parameters(),
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            ema_decay=optim.ema_decay,
-            grad_clip=optim.grad_clip,
-        )
-        self.step = TrainStep(config, model, optimizer, make_process(config, self.device), store, self.device)
-        self.log = RunLog(folder, local_batch=config.train.batch_size)
-        self.speed = Speed(model_flops(model), self.device, config.train.precision)
+    def __init__(self, config: RunConfig, folder: Path, store: LatentStore, ranks: Ranks, device: torch.device):
+        self.config, self.folder, self.store, self.ranks, self.device = config, folder, store, ranks, device
+        self.step = build_step(config, store, device, ranks)
+        self.graph = StepGraph(self.step)
+        local = config.train.batch_size // ranks.size
+        self.log = RunLog(folder, {"world_size": ranks.size, "local_batch": local}, writes=ranks.first)
+        flops = model_flops(self.step.model)
+        self.speed = Speed(flops, device, config.train.precision, ranks.size)
         self.done = 0  # steps taken
 
     def go(self, stop: "_StopRequest") -> dict[str, Any]:
         config, folder = self.config, self.folder
         if not self._start_or_resume():
             return self.log.last
-        reader = open_reader(self.store, config.data.loader, self.device)
-        print(self._headline(reader.name), flush=True)
+        reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device))
+        kernels = folder / "kernels.json"
+        rehearse(self.step, kernels)
+        self._say(self._headline(reader.name))
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
-        bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not sys.stderr.isatty())
+        bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
+        begin = self.done
         with contextlib.closing(batches), bar:
             self.speed.restart()
-            first = True
             while self.done < config.train.steps:
-                self._set_learning_rate()
-                loss = self._first_step(batches) if first else self.step(batches)
-                first = False
+                self.graph(batches)
                 self.done += 1
                 self.speed.count(config.train.batch_size)
                 bar.update()
+                if self.done == begin + 1 and self.ranks.first:
+                    write_choices(self.step, kernels)
                 last = self.done == config.train.steps
                 if last or self._due(config.train.log_every):
                     self._log_line(bar)
@@ -148,21 +128,37 @@ class _Run:
                     self._preview()
                 if self._due(config.eval.every) and not last:
                     self._judge()
-                if last or stop.signal or self._due(config.train.save_every):
-                    self._save(float(loss))
+                signal_number = self._agreed(stop)
+                if last or signal_number or self._due(config.train.save_every):
+                    self._save()
                 self.speed.pause(time.perf_counter() - began)
-                if stop.signal and not last:
+                if signal_number and not last:
                     bar.close()
-                    print(f"stopped at step {self.done}; the same command goes on from there", flush=True)
-                    raise SystemExit(128 + stop.signal)
+                    self._say(f"stopped at step {self.done}; the same command goes on from there")
+                    raise SystemExit(128 + signal_number)
         self._judge()
         self.log.write({"event": "end", "step": self.done})
-        print(f"finished {folder} at step {self.done}", flush=True)
+        self._say(f"finished {folder} at step {self.done}")
         return self.log.last
 
     def _start_or_resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. False if the run is finished."""
-        checkpoints, config_file = self.folder / "checkpoints", self.folder / "config.yaml"
+        newest, goes_on = self.ranks.from_first(self._prepare_folder)
+        if newest is None or not goes_on:
+            return goes_on
+        state = self.ranks.together(lambda: load_state(newest))
+        self.ranks.together(lambda: restore(newest, state, self.step))
+        self.done = state.step
+        if self.ranks.first:
+            write_text(self.folder / "config.yaml", config_text(self.config))
+        self.log.cut_back(self.done)
+        self.log.write({"event": "resume", "step": self.done})
+        self._say(f"resuming at step {self.done}")
+        return True
+
+    def _prepare_folder(self) -> tuple[Path | None, bool]:
+        """(newest checkpoint, whether there is something left to train)."""
+        checkpoints = self.folder / "checkpoints"
         remove_partial(self.folder)
         remove_partial(checkpoints)
         newest = latest_checkpoint(checkpoints)
@@ -170,12 +166,12 @@ class _Run:
         ends = [line["step"] for line in read_log(self.folder / "log.jsonl") if line.get("event") == "end"]
         if newest is None:
             # The configuration comes first: it is what makes the folder a run, whenever a kill comes.
-            write_text(config_file, config_text(self.config))
+            write_text(self.folder / "config.yaml", config_text(self.config))
             self.log.cut_back(0)
-            return True
+            return None, True
         if ends and max(ends) >= steps:
-            print(f"{self.folder} is finished: step {max(ends)} of {steps}; raise --train.steps to go on", flush=True)
-            return False
+            self._say(f"{self.folder} is finished: step {max(ends)} of {steps}; raise --train.steps to go on")
+            return newest, False
         state = load_state(newest)
         if state.data != self.store.fingerprint:
             raise RunError(
@@ -183,41 +179,33 @@ class _Run:
                 f"{self.store.fingerprint}; data.path may name a copy, not other data"
             )
         if state.step > steps:
-            print(f"{self.folder} is at step {state.step}, past train.steps {steps}; nothing to do", flush=True)
-            return False
-        restore(newest, state, self.step)
-        write_text(config_file, config_text(self.config))
-        self.done = state.step
-        self.log.cut_back(self.done)
-        self.log.write({"event": "resume", "step": self.done})
-        print(f"resuming at step {self.done}", flush=True)
-        return True
+            self._say(f"{self.folder} is at step {state.step}, past train.steps {steps}; nothing to do")
+            return newest, False
+        return newest, True
 
-    def _first_step(self, batches: Iterator[Batch]) -> Tensor:
-        """A step in which ops time what they can run on, unless the run has stored that; then it is stored.
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            print(text, flush=True)
 
-        A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
-        """
-        file = self.folder / "kernels.json"
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        choices.forget()
-        if file.exists():
-            _load_choices(file, device)
-        for op in OPS.values():
-            op.used = None
-        with contextlib.nullcontext() if self.config.train.deterministic else choices.probing():
-            loss = self.step(batches)
-        used = {name: op.used for name, op in OPS.items() if op.used}
-        write_json(file, {"device": device, "used": used, "choices": choices.stored()})
-        return loss
+    def _shows_bar(self) -> bool:
+        return self.ranks.first and sys.stderr.isatty()
+
+    def _agreed(self, stop: "_StopRequest") -> int:
+        """The signal that asks the run to stop, on all ranks at the same step."""
+        if self.ranks.size == 1:
+            return stop.signal
+        return self.ranks.largest(stop.signal) if self.done % _AGREE_EVERY == 0 else 0
 
     def _headline(self, reader: str) -> str:
         parameters = sum(p.numel() for p in self.step.model.parameters())
         train = self.config.train
         return (
-            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self.device}, {train.precision}; "
+            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self._where()}, {train.precision}; "
             f"{len(self.store)} samples, {reader} reader; batch {train.batch_size}, steps {self.done} to {train.steps}"
         )
+
+    def _where(self) -> str:
+        return f"{self.ranks.size} x {self.device.type}" if self.ranks.size > 1 else str(self.device)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -227,10 +215,6 @@ class _Run:
         if self.device.type == "cuda" and any(map(self._due, intervals)):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _set_learning_rate(self) -> None:
-        for group in self.step.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.done)
 
     def _timed(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches, with the time spent waiting for them."""
@@ -244,12 +228,19 @@ class _Run:
             batches.close()  # ends its reading thread
 
     def _log_line(self, bar: "tqdm[Any]") -> None:
+        optimizer = self.step.optimizer
         loss, loss_by_t = self.step.take_totals()
-        grad_norm = float(self.step.optimizer.grad_norm)
-        self._check_finite(loss=loss, grad_norm=grad_norm)
+        skipped, scale = int(optimizer.counts[2]), float(optimizer.loss_scale)
+        if loss is None and scale > SMALLEST_SCALE:  # float16 is still looking for its scale
+            self.log.write({"event": "skipped", "step": self.done, "loss_scale": scale})
+            return
+        if loss is None or not math.isfinite(loss):
+            raise RunError(f"loss is {loss or math.nan} at step {self.done}, and nothing is saved of it. {_NOT_FINITE}")
         line: dict[str, Any] = {"step": self.done, "images": self.done * self.config.train.batch_size, "loss": loss}
-        line |= {"grad_norm": grad_norm, "loss_by_t": loss_by_t}
-        line |= {"lr": learning_rate(self.config, self.done - 1), **self.speed.read()}
+        line |= {"grad_norm": float(optimizer.grad_norm), "loss_by_t": loss_by_t, "skipped": skipped}
+        if self.config.train.precision == "fp16":
+            line["loss_scale"] = scale
+        line |= {"lr": float(optimizer.last_lr), **self.speed.read()}
         self.log.write(line)
         self.log.write_metrics()
         rate = line["images_per_sec"]
@@ -258,40 +249,37 @@ class _Run:
             left = (self.config.train.steps - self.done) * line["step_ms"] / 1e3
             total = self.config.train.steps
             eta = f"{left // 60:.0f}:{left % 60:02.0f}"
-            print(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left", flush=True)
-
-    def _check_finite(self, **values: float) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise RunError(
-                    f"{name} is {value} at step {self.done}, and nothing is saved of it. "
-                    "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
-                )
+            self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left")
 
     def _preview(self) -> None:
-        if can_preview(self.store):
-            write_preview(self.config, self.step, self.store, self.folder / "samples" / f"step-{self.done:08d}.png")
+        if self.ranks.first and can_preview(self.store):
+            path = self.folder / "samples" / f"step-{self.done:08d}.png"
+            with self.graph.memory():
+                write_preview(self.config, self.step, self.store, path)
 
     def _judge(self) -> None:
-        if not self.config.eval.images or self.log.has("class_accuracy", self.done):
+        if not self.ranks.first or not self.config.eval.images or self.log.has("class_accuracy", self.done):
             return
         if (reason := why_not_judged(self.store)) is not None:
             tqdm.write(f"samples are not judged: {reason}")
             return
-        scores = judge_samples(self.config, self.step, self.store)
+        with self.graph.memory():
+            scores = judge_samples(self.config, self.step, self.store)
         self.log.write({"step": self.done, **scores})
         self.log.write_metrics()
         text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         tqdm.write(f"step {self.done}  {text}")
 
-    def _save(self, loss: float) -> None:
-        largest = max(float(parameter.detach().abs().max()) for parameter in self.step.model.parameters())
-        self._check_finite(loss=loss, largest_parameter=largest)
-        arguments, manifest = self.arguments, self.store.manifest
+    def _save(self) -> None:
+        largest = max(float(self.step.optimizer.master(p).abs().max()) for p in self.step.model.parameters())
+        if not math.isfinite(largest):
+            raise RunError(
+                f"largest_parameter is {largest} at step {self.done}, and nothing is saved of it. {_NOT_FINITE}"
+            )
+        arguments, manifest = model_arguments(self.config, self.store), self.store.manifest
         state = CheckpointState(
             step=self.done,
             images=self.done * self.config.train.batch_size,
-            ema_steps=self.step.optimizer.param_groups[0]["ema_steps"],
             data=self.store.fingerprint,
             model=arguments,
             schedule=self.step.process.schedule.name,
@@ -300,7 +288,12 @@ class _Run:
             scale=list(manifest.scale),
             shift=list(manifest.shift),
         )
-        save_checkpoint(self.folder / "checkpoints", state, self.step, self.config.train.keep_checkpoints)
+        totals = self.step.sum_totals()
+        self.ranks.from_first(
+            lambda: save_checkpoint(
+                self.folder / "checkpoints", state, self.step, totals, self.config.train.keep_checkpoints
+            )
+        )
 
 
 def _check_folder(config: RunConfig, folder: Path) -> None:
@@ -309,6 +302,24 @@ def _check_folder(config: RunConfig, folder: Path) -> None:
         refuse_changes(load_config(stored), config, folder)
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run (no config.yaml); name another folder by --out")
+
+
+def _check_ranks(config: RunConfig, folder: Path, store: LatentStore, ranks: Ranks) -> None:
+    """All ranks have one configuration and one store, and each has something to do."""
+    data = {"data.path": store.fingerprint}
+    check_equal(ranks, configuration={**config.flat(), "data.path": "", "out": str(folder)}, data=data)
+
+    def check() -> None:
+        check_shares(config, ranks)
+        if ranks.size > len(store):
+            raise ConfigError(f"nproc-per-node: given {ranks.size} ranks, allowed up to {len(store)}, one a sample")
+
+    ranks.together(check)
+
+
+def _take_folder(folder: Path, held: contextlib.ExitStack) -> None:
+    make_folder(folder)
+    held.enter_context(_only_process_in(folder))
 
 
 @contextlib.contextmanager
@@ -321,15 +332,6 @@ def _only_process_in(folder: Path) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it, or name another folder by --out"
             ) from None
         yield
-
-
-def _load_choices(file: Path, device: str) -> None:
-    """Take over a run's choices, unless they were made on another device."""
-    stored = read_json(file)
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{file}: given {stored!r}, allowed what a run has written there")
-    if stored.get("device") == device:
-        choices.load(stored.get("choices"), str(file))
 
 
 class _StopRequest:

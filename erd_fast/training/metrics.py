@@ -10,7 +10,7 @@ import torch
 from erd_fast.errors import DataError, RunError
 from erd_fast.files import write_json, write_text
 
-# Dense bf16 matrix peak of the datasheets, TFLOP/s, SXM boards. No entry, no mfu.
+# Dense bf16 and fp16 matrix peak of the datasheets, TFLOP/s, SXM boards. No entry, no mfu.
 _PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
 
 
@@ -23,15 +23,17 @@ def peak_tflops(device: torch.device) -> float | None:
 class RunLog:
     """``log.jsonl``, one JSON object a line, and ``metrics.json``, the last value of every metric."""
 
-    def __init__(self, folder: Path, local_batch: int):
+    def __init__(self, folder: Path, fixed: dict[str, Any], writes: bool = True):
+        """``fixed`` are metrics that do not change; a rank that does not write keeps the last values alone."""
         self._file, self._metrics = folder / "log.jsonl", folder / "metrics.json"
-        self._fixed = {"world_size": 1, "local_batch": local_batch}
+        self._fixed, self._writes = fixed, writes
         self._take(read_log(self._file))
 
     def cut_back(self, step: int) -> None:
         """Drop what a run that went further than its checkpoint logged after ``step``, and a half-written last line."""
         kept = [line for line in read_log(self._file) if line["step"] <= step]
-        write_text(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._writes:
+            write_text(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._take(kept)
 
     def has(self, metric: str, step: int) -> bool:
@@ -40,13 +42,15 @@ class RunLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line."""
+        if "event" not in line:
+            self.last |= line
+        if not self._writes:
+            return
         try:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self._file}: {error.strerror}") from error
-        if "event" not in line:
-            self.last |= line
 
     def _take(self, lines: list[dict[str, Any]]) -> None:
         self.last: dict[str, Any] = dict(self._fixed)
@@ -56,7 +60,8 @@ class RunLog:
 
     def write_metrics(self) -> None:
         """Write ``metrics.json``: the last value of every metric logged."""
-        write_json(self._metrics, self.last)
+        if self._writes:
+            write_json(self._metrics, self.last)
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -78,12 +83,12 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 class Speed:
     """Rates since the last log line. Reading the loss synchronises, so host time is device time here."""
 
-    def __init__(self, flops_per_image: int, device: torch.device, precision: str):
+    def __init__(self, flops_per_image: int, device: torch.device, precision: str, world_size: int = 1):
         self._flops = 3 * flops_per_image  # forward once, backward twice; no credit for recompute
         self._device = device
         self._peak = None
-        if device.type == "cuda" and precision == "bf16":
-            self._peak = peak_tflops(device)
+        if device.type == "cuda" and precision in ("bf16", "fp16") and (peak := peak_tflops(device)):
+            self._peak = world_size * peak
         self.waited = 0.0
         self.restart()
 

@@ -10,7 +10,7 @@ from erd_fast.data import LatentStore
 from erd_fast.evaluation import get_judge
 from erd_fast.sampling.images import generate, save, to_pixels
 from erd_fast.training.config import RunConfig
-from erd_fast.training.step import TrainStep, autocast
+from erd_fast.training.step import TrainStep
 
 PREVIEW_IMAGES = 40
 _COLUMNS = 10
@@ -64,5 +64,6 @@ def why_not_judged(store: LatentStore) -> str | None:
 def _samples(config: RunConfig, step: TrainStep, labels: Tensor | None, count: int) -> Tensor:
     how: dict[str, Any] = {"steps": config.eval.sampler_steps, "cfg_scale": config.eval.cfg_scale}
     process = step.process
-    with step.optimizer.swap_ema(), autocast(config, step.counter.device):
+    # Also of a model with low-precision parameters: the sampler's images are float32.
+    with step.optimizer.swap_ema(), torch.autocast(step.device.type, step.dtype, enabled=step.dtype != torch.float32):
         return generate(step.model, process.schedule, process.target, labels, count, seed=config.train.seed, **how)

@@ -1,30 +1,41 @@
 """One training step: draw, gather, q_sample, model, loss, backward, update."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from erd_fast.data import Batch, LatentStore
-from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.diffusion import DiffusionProcess
 from erd_fast.models import DiffusionModel
 from erd_fast.ops import Draw
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig
+from erd_fast.training.distributed import Ranks, Reduction, check_shares, replicate
 
 LOSS_BINS = 10
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""dtype of matrix products by ``train.precision``."""
 
 
 class TrainStep:
     """The step of one run, with what it must remember between two log lines.
 
+    A model with fused ops holds the parameters of its products in the precision of the run, as copies of the
+    optimizer's float32 masters, and runs without autocast; a plain one holds float32 and runs in autocast.
+
+    Nothing in a step asks the device for a value, and all that it keeps stays at its address: see
+    :class:`erd_fast.training.graph.StepGraph`.
+
     Attributes:
         counter: () int64 on the device, images seen.
-        totals: sums since the last log line: ``loss`` float64 (), ``steps`` int64 (), ``bin_sum`` and ``bin_count``
-            (10,).
+        loss: () float32 on the device, this rank's share of the last step's mean loss.
+        totals: sums since the last log line over the steps that were not skipped: ``loss`` float64 (), ``steps`` int64
+            (), ``bin_sum`` and ``bin_count`` (10,).
+        micro_batch: images of one forward pass on this rank.
     """
 
     def __init__(
@@ -35,8 +46,11 @@ class TrainStep:
         process: DiffusionProcess,
         store: LatentStore,
         device: torch.device,
+        ranks: Ranks,
     ):
+        check_shares(config, ranks)
         self.config, self.model, self.optimizer, self.process = config, model, optimizer, process
+        self.ranks, self.device = ranks, device
         manifest = store.manifest
         self._kind = manifest.kind
         self._scale = torch.tensor(manifest.scale, device=device) if manifest.scale else None
@@ -44,10 +58,19 @@ class TrainStep:
         self._mirror = manifest.flip == "mirror"
         self._num_classes = manifest.num_classes
         self._dataset_size = manifest.count
-        self._device = device
-        self.micro_batch = config.train.micro_batch or config.train.batch_size
-        self.micro_batches = config.train.batch_size // self.micro_batch
+        self.micro_batch = config.train.micro_batch or config.train.batch_size // ranks.size
+        self.micro_batches = config.train.batch_size // (ranks.size * self.micro_batch)
+        self.dtype = DTYPES[config.train.precision]
+        self._lowered = [p for p in model.parameters() if p.dtype != torch.float32]
+        reduce_dtype = DTYPES[config.train.reduce_dtype]
+        if self.micro_batches > 1 or (ranks.size > 1 and reduce_dtype == torch.float32):
+            for parameter in self._lowered:
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        self._reduction = Reduction(reduce_dtype, accumulated=self.micro_batches > 1)
+        self._replica: DistributedDataParallel | None = None
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        self._bins = torch.zeros(2, LOSS_BINS, device=device)
         self.totals = {
             "loss": torch.zeros((), dtype=torch.float64, device=device),
             "steps": torch.zeros((), dtype=torch.int64, device=device),
@@ -56,27 +79,58 @@ class TrainStep:
         }
 
     def plan(self, number: int) -> Tensor:
-        """Sample indices of micro-batch ``number`` of the run, for readers that fetch ahead: (micro_batch,) on the
+        """Sample indices of micro-batch ``number`` of this rank, for readers that fetch ahead: (micro_batch,) on the
         CPU."""
-        images = torch.tensor(number * self.micro_batch, dtype=torch.int64)
-        return self._draw(images, offset=0).sample_index
+        step, micro = divmod(number, self.micro_batches)
+        images = torch.tensor(step * self.config.train.batch_size, dtype=torch.int64)
+        return self._draw(images, micro).sample_index
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
-        """Take one step on the next micro-batches. Returns the mean loss of the step, () float32 on the device."""
-        train = self.config.train
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self._device)
-        for micro in range(self.micro_batches):
-            loss = loss + self._micro_batch(next(batches), offset=micro * self.micro_batch)
-        self.optimizer.step()
-        self.counter += train.batch_size
-        self.totals["loss"] += loss
-        self.totals["steps"] += 1
-        return loss
+        """Take one step on the next micro-batches. Returns :attr:`loss`."""
+        self.compute([next(batches) for _ in range(self.micro_batches)])
+        return self.loss
 
-    def _micro_batch(self, batch: Batch, offset: int) -> Tensor:
-        decisions = self._draw(self.counter, offset)
-        patch = self.model.token_patch if self.model.kernels else 0
+    def compute(self, batches: list[Batch]) -> None:
+        """The step on these micro-batches."""
+        if self.ranks.size > 1 and self._replica is None:  # now, since every backward pass from here on must be its own
+            self._replica = replicate(self.model, self.device, self._reduction)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.zero_()
+        self._bins.zero_()
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with self._reducing(last):
+                self._forward_backward(batch, number)
+            self._accumulate(number, last)
+        self.optimizer.step()
+        self._count()
+
+    def rehearse(self, images: int) -> None:
+        """A forward and a backward pass on ``images`` empty images, which change nothing: libraries load their kernels,
+        ops time their backends, and the allocator meets the sizes of a step."""
+        side, channels = self.model.input_size, self.model.in_channels
+        x = torch.zeros(images, channels, side, side, dtype=self.dtype, device=self.device)
+        if patch := self._patch:
+            x = self.model.as_tokens(x)
+            assert patch
+        labels = torch.zeros(images, dtype=torch.int64, device=self.device) if self._num_classes else None
+        with self.autocast():
+            prediction = self.model(x, self.process.time[:1].expand(images), labels)
+        torch.autograd.backward(prediction, torch.zeros_like(prediction))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Low-precision products in a model whose parameters are float32."""
+        if self._lowered or self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def _patch(self) -> int:
+        return self.model.token_patch if self.model.kernels else 0
+
+    def _forward_backward(self, batch: Batch, micro: int) -> None:
+        decisions = self._draw(self.counter, micro)
         x_t, target = self.process.q_sample(
             batch.latents,
             decisions.t_index,
@@ -87,30 +141,33 @@ class TrainStep:
             flip=decisions.flip if self._mirror else None,
             ids=decisions.ids,
             seed=self.config.train.seed,
-            dtype=torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32,
-            patch=patch,
+            dtype=self.dtype,
+            patch=self._patch,
         )
         labels = None
         if self._num_classes:
             labels = batch.labels[decisions.sample_index] if batch.resident else batch.labels
             labels = torch.where(decisions.label_drop, self._num_classes, labels)
-        with autocast(self.config, self._device):
-            prediction = self.model(x_t, self.process.time[decisions.t_index], labels)
+        network = self.model if self._replica is None else self._replica
+        with self.autocast():
+            prediction = network(x_t, self.process.time[decisions.t_index], labels)
         result = self.process.loss(
             prediction.detach(),
             target,
             decisions.t_index,
             num_bins=LOSS_BINS,
             batch_size=self.config.train.batch_size,
-            patch=patch,
+            patch=self._patch,
             compute_grad=True,
+            loss_scale=self.optimizer.loss_scale if self.config.train.precision == "fp16" else None,
         )
-        prediction.backward(result.dprediction)  # the loss has no graph of its own
-        self.totals["bin_sum"] += result.bin_sum
-        self.totals["bin_count"] += result.bin_count
-        return result.loss
+        torch.autograd.backward(prediction, result.dprediction)  # the loss has no graph of its own
+        self.loss += result.loss
+        self._bins[0] += result.bin_sum
+        self._bins[1] += result.bin_count
 
-    def _draw(self, counter: Tensor, offset: int) -> Draw:
+    def _draw(self, counter: Tensor, micro: int) -> Draw:
+        """The decisions of micro-batch ``micro``: ranks side by side in it."""
         train = self.config.train
         return self.process.draw(
             counter,
@@ -119,35 +176,48 @@ class TrainStep:
             batch_size=self.micro_batch,
             dataset_size=self._dataset_size,
             label_drop=train.label_drop,
-            offset=offset,
+            offset=(micro * self.ranks.size + self.ranks.rank) * self.micro_batch,
         )
 
-    def take_totals(self) -> tuple[float, list[float | None]]:
-        """(mean loss, mean unweighted loss by timestep bin, None where empty) since the last call; reads the device."""
-        loss = float(self.totals["loss"] / self.totals["steps"])
-        by_t = (self.totals["bin_sum"].double() / self.totals["bin_count"].double()).tolist()
+    def _reducing(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Gradients are summed over the ranks in the backward pass of the last micro-batch."""
+        return contextlib.nullcontext() if last or self._replica is None else self._replica.no_sync()
+
+    @torch.no_grad()
+    def _accumulate(self, micro: int, last: bool) -> None:
+        """Sum the gradients of low-precision parameters over micro-batches in float32."""
+        if self._replica is not None and last:
+            return  # done with the sum over ranks
+        for parameter in self._lowered if self.micro_batches > 1 else ():
+            assert parameter.grad is not None
+            if micro == 0:
+                parameter.main_grad.copy_(parameter.grad)  # type: ignore[attr-defined]
+            else:
+                parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
+            parameter.grad = None
+
+    def _count(self) -> None:
+        """Images and sums; a step that was skipped has no loss."""
+        taken = self.optimizer.grad_norm.isfinite()
+        nothing = torch.zeros_like(self._bins)
+        bins = torch.where(taken, self._bins, nothing)
+        self.totals["loss"] += torch.where(taken, self.loss, nothing[0, 0])
+        self.totals["steps"] += taken
+        self.totals["bin_sum"] += bins[0]
+        self.totals["bin_count"] += bins[1]
+        self.counter += self.config.train.batch_size
+
+    def sum_totals(self) -> dict[str, Tensor]:
+        """The totals over all ranks. Every rank has to call it."""
+        names = [name for name in self.totals if name != "steps"]  # as many on every rank
+        return {**self.totals, **dict(zip(names, self.ranks.sum([self.totals[n] for n in names]), strict=True))}
+
+    def take_totals(self) -> tuple[float | None, list[float | None]]:
+        """(mean loss, mean unweighted loss by timestep bin) over all ranks and steps since the last call, None where
+        there is none. Reads the device, and every rank has to call it."""
+        totals = self.sum_totals()
+        loss = float(totals["loss"] / totals["steps"]) if totals["steps"] else None
+        by_t = (totals["bin_sum"].double() / totals["bin_count"].double()).tolist()
         for total in self.totals.values():
             total.zero_()
         return loss, [None if math.isnan(value) else value for value in by_t]
-
-
-def make_process(config: RunConfig, device: torch.device | str = "cpu") -> DiffusionProcess:
-    """The process that ``config.diffusion`` describes; its fields have the names of the arguments."""
-    fields = dataclasses.asdict(config.diffusion)
-    return DiffusionProcess(get_schedule(fields.pop("schedule")), **fields, device=device)
-
-
-def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 matrix products for ``train.precision: bf16``; nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of step ``step`` = 0, 1, ...: linear warm-up, then constant or half a cosine to 0 at the end."""
-    optim, steps = config.optim, config.train.steps
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    progress = (step - optim.warmup) / max(steps - optim.warmup, 1)
-    return optim.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -9,9 +9,11 @@ from erd_fast.errors import DataError, RunError
 from erd_fast.training import metrics
 from erd_fast.training.metrics import RunLog, Speed, read_log
 
+FIXED = {"world_size": 1, "local_batch": 16}
+
 
 def test_lines_are_appended_and_the_last_values_kept(tmp_path):
-    log = RunLog(tmp_path, local_batch=16)
+    log = RunLog(tmp_path, FIXED)
     lines = [{"step": 1, "loss": 2.0}, {"event": "resume", "step": 1}, {"step": 2, "loss": 1.0}, {"step": 2, "fd": 3.0}]
     for line in lines:
         log.write(line)
@@ -19,11 +21,11 @@ def test_lines_are_appended_and_the_last_values_kept(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == lines
     expected = {"world_size": 1, "local_batch": 16, "step": 2, "loss": 1.0, "fd": 3.0}
     assert json.loads((tmp_path / "metrics.json").read_text()) == log.last == expected
-    assert RunLog(tmp_path, local_batch=16).last == log.last
+    assert RunLog(tmp_path, FIXED).last == log.last
 
 
 def test_cutting_back_drops_later_lines_and_a_half_line(tmp_path):
-    log = RunLog(tmp_path, local_batch=16)
+    log = RunLog(tmp_path, FIXED)
     for step in (2, 4, 6):
         log.write({"step": step})
     with open(tmp_path / "log.jsonl", "a") as file:
@@ -44,20 +46,20 @@ def test_a_damaged_line_is_named_unless_it_is_the_last_half(tmp_path, line):
     good = json.dumps({"step": 1}) + "\n"
     (tmp_path / "log.jsonl").write_text(f"{good}{line}\n{good}", encoding="latin-1")
     with pytest.raises(DataError, match=r"log.jsonl, line 2: no log line"):
-        RunLog(tmp_path, local_batch=16)
+        RunLog(tmp_path, FIXED)
 
 
 def test_cutting_back_takes_the_last_values_back_too(tmp_path):
-    log = RunLog(tmp_path, local_batch=16)
+    log = RunLog(tmp_path, FIXED)
     log.write({"step": 1, "loss": 2.0})
     log.write({"step": 2, "loss": 1.0, "class_accuracy": 0.5})
     assert log.has("class_accuracy", 2) and not log.has("class_accuracy", 1)
     log.cut_back(1)
-    assert log.last == {"world_size": 1, "local_batch": 16, "step": 1, "loss": 2.0}
+    assert log.last == {**FIXED, "step": 1, "loss": 2.0}
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    log = RunLog(tmp_path, local_batch=16)
+    log = RunLog(tmp_path, FIXED)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(RunError, match=r"cannot write .*log.jsonl"):
         log.write({"step": 1})

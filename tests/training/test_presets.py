@@ -6,7 +6,8 @@ import torch
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError
 from erd_fast.models import create_model
-from erd_fast.training.loop import describe, model_arguments, open_store
+from erd_fast.training.build import model_arguments
+from erd_fast.training.loop import describe, open_store
 from erd_fast.training.presets import PRESETS, describe_presets, get_preset
 
 # Parameters of the model on the store it is for, steps, batch, betas: docs/math.md E and F.

@@ -1,0 +1,269 @@
+"""adamw_ema: what a step does to every parameter, in one pass: unscale, clip, AdamW, averages, copy; or nothing at all.
+
+Two launches: *advance* turns the counters, the settings of the groups and the norm of the gradients into the numbers of
+this step, then every chunk is *updated* by them. Nothing is read back, so that a captured graph goes on by itself.
+"""
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from erd_fast.ops.chunks import CHUNK, MOST_EMAS, ChunkTable, Slot
+from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.grad_norm import wide
+
+
+class Setting(enum.IntEnum):
+    """Columns of ``settings``, (groups, 16) float64."""
+
+    LR = 0
+    BETA1 = 1
+    BETA2 = 2
+    EPS = 3
+    WEIGHT_DECAY = 4
+    GRAD_CLIP = 5
+    """0 does not clip."""
+    WARMUP = 6
+    """Steps of linear warm-up."""
+    COSINE_STEPS = 7
+    """The step at which half a cosine after the warm-up ends at 0; 0 is a constant rate."""
+    START = 8
+    """opt_step when the group joined."""
+    EMA_DECAY = 9
+    """And the next three."""
+
+
+class Factor(enum.IntEnum):
+    """Columns of ``factors``, (groups, 16): the numbers of one step."""
+
+    APPLY = 0
+    """1, or 0 for a step that is skipped."""
+    GRADIENT = 1
+    """Clipping and the loss scale."""
+    KEEP = 2
+    """1 - lr weight_decay."""
+    NEW1 = 3
+    """1 - beta1."""
+    OLD2 = 4
+    """beta2."""
+    NEW2 = 5
+    """1 - beta2."""
+    ROOT = 6
+    """1 / sqrt(1 - beta2^n)."""
+    EPS = 7
+    STEP = 8
+    """lr / (1 - beta1^n)."""
+    EMA = 9
+    """1 - decay; and the next three."""
+    LR = 13
+
+
+COLUMNS = 16
+INITIAL_LOSS_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
+"""Of float16: doubled after as many steps without overflow, halved at each overflow, between 1 and 2^32."""
+SMALLEST_SCALE, LARGEST_SCALE = 1.0, 2.0**32
+_CLIP_EPS = 1e-6  # PyTorch's: it clips by norm + 1e-6
+
+
+class StepState(NamedTuple):
+    """What an optimizer counts on the device.
+
+    Attributes:
+        counts: (3,) int64: opt_step, steps taken; growth, steps since the loss scale changed; skipped.
+        scalars: (2,) float32 or 64: loss_scale; grad_norm, of the last step, unscaled and before clipping.
+        factors: (groups, 16), of the last step.
+    """
+
+    counts: Tensor
+    scalars: Tensor
+    factors: Tensor
+
+
+def adamw_ema(
+    slots: Sequence[Slot],
+    table: ChunkTable,
+    settings: Tensor,
+    norm: Tensor,
+    state: StepState,
+    *,
+    growth_interval: int = 0,
+) -> None:
+    """A step of AdamW with averages, in place.
+
+    With N = norm / loss_scale, n = opt_step - start + 1 and for each group: where N is not finite nothing but the
+    counters changes; else ::
+
+        g <- gradient min(1, grad_clip / (N + 1e-6)) / loss_scale
+        m <- m + (1 - beta1) (g - m)            v <- beta2 v + (1 - beta2) g^2
+        p <- p (1 - lr weight_decay) - lr / (1 - beta1^n) m / (sqrt(v) / sqrt(1 - beta2^n) + eps)
+        ema <- ema + (1 - d) (p - ema),         d = min(ema_decay, n / (n + 9))
+        copy <- p
+
+    lr is its group's, times min(1, n / warmup), and after the warm-up times half a cosine that ends at 0. Then opt_step
+    grows by 1, or skipped does. With a ``growth_interval`` the loss scale is halved at a skipped step and doubled after
+    as many steps without one.
+
+    Args:
+        slots: gradients and what belongs to them; parameter, moments and averages float32 (or all float64).
+        table: that of ``slots``.
+        settings: (groups, 16) float64, see :class:`Setting`.
+        norm: () norm of the gradients as they are, :func:`erd_fast.ops.grad_norm`'s.
+        state: changed in place.
+        growth_interval: steps; 0 keeps the loss scale.
+
+    Raises:
+        ValueError: more than 4 averages, or not as many for each slot.
+
+    Moves with one average, bfloat16 gradients and copies 36 bytes a parameter: p, m, v, ema in and out 32, gradient 2,
+    copy 2; 36 with float32 gradients and no copy.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; docs/math.md F.
+    """
+    if not slots:
+        return
+    decays = len(slots[0].emas)
+    if decays > MOST_EMAS or any(len(slot.emas) != decays for slot in slots):
+        raise ValueError(
+            f"adamw_ema: slots: given {sorted({len(slot.emas) for slot in slots})} averages, "
+            f"allowed 0 to {MOST_EMAS}, as many for each"
+        )
+    none = torch.empty(0, device=norm.device)
+    _op(
+        table.rows,
+        table.places,
+        CHUNK,
+        settings,
+        norm,
+        growth_interval,
+        decays,
+        *state,
+        [slot.gradient for slot in slots],
+        [slot.parameter for slot in slots],
+        [slot.exp_avg for slot in slots],
+        [slot.exp_avg_sq for slot in slots],
+        [none if slot.copy is None else slot.copy for slot in slots],
+        [ema for slot in slots for ema in slot.emas],
+        [slot.group for slot in slots],
+    )
+
+
+def advance_reference(settings: Tensor, norm: Tensor, growth_interval: int, state: StepState) -> None:
+    """The definition of the numbers of a step; changes ``state``."""
+    counts, scalars, factors = state
+    setting = settings.unbind(1)
+    n = counts[0] + 1 - setting[Setting.START]  # float64
+    unscaled = norm.double() / scalars[0].double()
+    finite = unscaled.isfinite()
+    lr = setting[Setting.LR] * scheduled(n, setting[Setting.WARMUP], setting[Setting.COSINE_STEPS])
+    clip = setting[Setting.GRAD_CLIP]
+    beta1, beta2 = setting[Setting.BETA1], setting[Setting.BETA2]
+    clipped = torch.where(clip > 0, (clip / (unscaled + _CLIP_EPS)).clamp(max=1.0), torch.ones_like(clip))
+    columns: dict[int, Tensor] = {
+        Factor.APPLY: finite.double().expand_as(lr),
+        Factor.GRADIENT: clipped / scalars[0].double(),
+        Factor.KEEP: 1 - lr * setting[Setting.WEIGHT_DECAY],
+        Factor.NEW1: 1 - beta1,
+        Factor.OLD2: beta2,
+        Factor.NEW2: 1 - beta2,
+        Factor.ROOT: (1 - beta2**n).rsqrt(),
+        Factor.EPS: setting[Setting.EPS],
+        Factor.STEP: lr / (1 - beta1**n),
+        Factor.LR: lr,
+    }
+    for number in range(MOST_EMAS):
+        columns[Factor.EMA + number] = 1 - torch.minimum(setting[Setting.EMA_DECAY + number], n / (n + 9))
+    for column, value in columns.items():
+        factors[:, column] = value
+    scalars[1] = unscaled
+    _count(finite, growth_interval, counts, scalars)
+
+
+def scheduled(n: Tensor, warmup: Tensor, cosine_steps: Tensor) -> Tensor:
+    """Factor of the learning rate at step n = 1, 2, ..."""
+    progress = ((n - 1 - warmup) / (cosine_steps - warmup).clamp(min=1)).clamp(max=1)
+    cosine = torch.where(cosine_steps > 0, 0.5 * (1 + torch.cos(math.pi * progress)), torch.ones_like(n))
+    return torch.where(n <= warmup, n / warmup.clamp(min=1), cosine)
+
+
+def _count(finite: Tensor, growth_interval: int, counts: Tensor, scalars: Tensor) -> None:
+    taken = finite.long()
+    counts[0] += taken
+    counts[2] += 1 - taken
+    if not growth_interval:
+        return
+    growth = (counts[1] + 1) * taken
+    grown = growth >= growth_interval
+    factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
+    scalars[0] = (scalars[0] * factor).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    counts[1] = torch.where(grown, 0, growth)
+
+
+def update_reference(slot: Slot, factors: Sequence[float]) -> None:
+    """The definition of what a step that is not skipped does to one parameter, by its group's row of factors."""
+    p, m, v = slot.parameter, slot.exp_avg, slot.exp_avg_sq
+    assert p is not None and m is not None and v is not None
+    g = slot.gradient.to(p.dtype) * factors[Factor.GRADIENT]
+    m.add_(g - m, alpha=factors[Factor.NEW1])
+    v.mul_(factors[Factor.OLD2]).add_(g * g, alpha=factors[Factor.NEW2])
+    denominator = v.sqrt() * factors[Factor.ROOT] + factors[Factor.EPS]
+    p.mul_(factors[Factor.KEEP]).sub_(m / denominator, alpha=factors[Factor.STEP])
+    for number, ema in enumerate(slot.emas):
+        ema.add_(p - ema, alpha=factors[Factor.EMA + number])
+    if slot.copy is not None:
+        slot.copy.copy_(p)
+
+
+def _body(
+    rows: Tensor,
+    places: Tensor,
+    chunk: int,
+    settings: Tensor,
+    norm: Tensor,
+    growth_interval: int,
+    decays: int,
+    counts: Tensor,
+    scalars: Tensor,
+    factors: Tensor,
+    gradients: list[Tensor],
+    parameters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
+    emas: list[Tensor],
+    groups: list[int],
+) -> Outputs:
+    advance_reference(settings, norm, growth_interval, StepState(counts, scalars, factors))
+    table = factors.tolist()
+    for number, group in enumerate(groups):
+        if table[group][Factor.APPLY]:
+            copy = copies[number] if copies[number].numel() else None
+            own = tuple(emas[number * decays : (number + 1) * decays])
+            moments = exp_avgs[number], exp_avg_sqs[number]
+            update_reference(Slot(gradients[number], parameters[number], *moments, copy, own), table[group])
+    return ()
+
+
+def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    kernel(*inputs[:10])
+
+
+_op = declare(
+    "adamw_ema",
+    Pass(
+        "(Tensor rows, Tensor places, int chunk, Tensor settings, Tensor norm, int growth_interval, int decays, "
+        "Tensor(a!) counts, Tensor(b!) scalars, Tensor(c!) factors, Tensor[] gradients, Tensor(d!)[] parameters, "
+        "Tensor(e!)[] exp_avgs, Tensor(f!)[] exp_avg_sqs, Tensor(g!)[] copies, Tensor(h!)[] emas, int[] groups) -> ()",
+        _body,
+        lambda *flat: (),
+        _launch,
+        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema")),
+        mutates=(
+            "counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas"
+        ),
+    ),
+    backends=("cuda", "triton", "cpu"),
+)  # fmt: skip

@@ -1,0 +1,85 @@
+"""From a configuration and a store to what trains: model, process, optimizer."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from erd_fast.data import LatentStore
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.models import DiffusionModel, create_model
+from erd_fast.nn.precision import lower_precision
+from erd_fast.optim import AdamWEMA
+from erd_fast.training.config import RunConfig
+from erd_fast.training.distributed import Ranks
+from erd_fast.training.step import DTYPES, TrainStep
+
+
+def build_step(config: RunConfig, store: LatentStore, device: torch.device, ranks: Ranks | None = None) -> TrainStep:
+    """The step of this configuration at its start; the models of all ranks are equal."""
+    set_numerics(config, device)
+    model = create_model(**model_arguments(config, store), **computing(config), seed=config.train.seed).to(device)
+    optimizer = make_optimizer(config, model)
+    return TrainStep(config, model, optimizer, make_process(config, device), store, device, ranks or Ranks())
+
+
+def make_optimizer(config: RunConfig, model: DiffusionModel) -> AdamWEMA:
+    """The optimizer of this configuration; a model with fused ops gets parameters of its precision, see
+    :class:`TrainStep`."""
+    optim, train = config.optim, config.train
+    dtype = DTYPES[train.precision]
+    lowered = dtype != torch.float32 and model.kernels
+    masters = lower_precision(model, dtype) if lowered else None
+    return AdamWEMA(
+        model.parameters(),
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        ema_decay=optim.ema_decay,
+        grad_clip=optim.grad_clip,
+        warmup=optim.warmup,
+        cosine_steps=train.steps if optim.schedule == "cosine" else 0,
+        masters=masters,
+        scale_loss=train.precision == "fp16",
+    )
+
+
+def make_process(config: RunConfig, device: torch.device | str = "cpu") -> DiffusionProcess:
+    """The process that ``config.diffusion`` describes; its fields have the names of the arguments."""
+    fields = dataclasses.asdict(config.diffusion)
+    return DiffusionProcess(get_schedule(fields.pop("schedule")), **fields, device=device)
+
+
+def model_arguments(config: RunConfig, store: LatentStore) -> dict[str, Any]:
+    """Arguments of ``create_model`` for this configuration on this store."""
+    channels, size, _ = store.manifest.shape
+    return {
+        "name": config.model.name,
+        **config.model.overrides(),
+        "input_size": size,
+        "in_channels": channels,
+        "num_classes": store.manifest.num_classes,
+        "null_label": config.train.label_drop > 0,
+    }
+
+
+def computing(config: RunConfig) -> dict[str, Any]:
+    """Arguments of ``create_model`` that say how the model computes, and not what."""
+    model = config.model
+    return {
+        "kernels": model.kernels == "on",
+        "residual": torch.bfloat16 if model.residual == "bf16" else torch.float32,
+        "recompute": {"auto": None, "on": True, "off": False}[model.recompute],
+    }
+
+
+def set_numerics(config: RunConfig, device: torch.device) -> None:
+    """What PyTorch has as switches of a whole process: TensorFloat-32, and determinism."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        tf32 = config.train.precision != "fp32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32

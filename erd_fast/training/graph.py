@@ -1,0 +1,103 @@
+"""A training step as one CUDA graph, launched by one call."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from erd_fast.data import Batch
+from erd_fast.training.step import TrainStep
+
+_WARM_UP, _WARM_UP_REPLICATED = 3, 11
+"""Steps taken eagerly before the capture: allocations and choices settle, and DistributedDataParallel wants eleven."""
+_log = logging.getLogger("erd_fast.training")
+
+
+class StepGraph:
+    """Runs a step: eagerly at first, on a GPU then as a captured graph. The numbers are those of the eager step: random
+    numbers, learning rate and counters are functions of what is on the device.
+
+    Rows that a reader brings are copied to a staging buffer, from which the graph reads them. What cannot be captured
+    is run eagerly, with a warning. The optimizer's settings may change between steps.
+    """
+
+    def __init__(self, step: TrainStep):
+        self._step = step
+        on_gpu = step.device.type == "cuda"
+        self._wanted = on_gpu and step.config.train.cuda_graph == "on"
+        self._eager_left = _WARM_UP_REPLICATED if step.ranks.size > 1 else _WARM_UP
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._staged: list[Batch] = []
+        # Outside of captures too, all runs on this stream and in this pool, so that memory serves both.
+        self._stream = torch.cuda.Stream(step.device) if self._wanted else None
+        self._pool = torch.cuda.MemPool() if self._wanted else None
+
+    def __call__(self, batches: Iterator[Batch]) -> Tensor:
+        """Take a step on the next micro-batches. Returns the step's loss, see :class:`TrainStep`."""
+        given = [next(batches) for _ in range(self._step.micro_batches)]
+        if not self._wanted:
+            self._step.compute(given)
+        elif self._graph is None:
+            self._warm_up(given)
+        else:
+            self._stage(given)
+            self._step.optimizer.refresh()
+            self._graph.replay()
+        return self._step.loss
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """What is allocated within this block, sampling for instance, takes the memory that the graph leaves free
+        between two replays, and must be gone before the next one."""
+        if self._stream is None or self._pool is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._step.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+            yield
+        current.wait_stream(self._stream)
+
+    def _warm_up(self, batches: list[Batch]) -> None:
+        if self._eager_left:
+            with self.memory():
+                self._step.compute(batches)
+            self._eager_left -= 1
+            return
+        self._stage(batches)
+        self._capture()
+        if self._graph is None:
+            self._step.compute(self._staged)
+        else:
+            self._graph.replay()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        assert self._pool is not None
+        try:
+            with torch.cuda.graph(graph, pool=cast(Any, self._pool.id), stream=self._stream):
+                self._step.compute(self._staged)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._wanted, self._stream, self._pool = False, None, None
+            _log.warning("the step cannot be captured as a CUDA graph and runs eagerly: %s", error)
+            return
+        self._step.optimizer.refresh()  # addresses of gradients are those of the capture
+        self._graph = graph
+
+    def _stage(self, batches: list[Batch]) -> None:
+        """Copy rows to where the graph reads them; a resident store stays where it is."""
+        if not self._staged:
+            self._staged = [
+                batch if batch.resident else Batch(batch.latents.clone(), batch.labels.clone(), False)
+                for batch in batches
+            ]
+            return
+        for staged, batch in zip(self._staged, batches, strict=True):
+            if not batch.resident:
+                staged.latents.copy_(batch.latents, non_blocking=True)
+                staged.labels.copy_(batch.labels, non_blocking=True)

@@ -1,0 +1,100 @@
+"""Before the first step: which backend is the fastest for each op, and whether a step fits into memory."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from erd_fast.errors import ConfigError, RunError
+from erd_fast.files import read_json, write_json
+from erd_fast.ops import OPS, choices
+from erd_fast.training.step import TrainStep
+
+_GIB = 2**30
+
+
+def rehearse(step: TrainStep, file: Path) -> None:
+    """Time what ops can run on, unless the run has stored that, on the first rank for all; load kernels; see what fits.
+
+    A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
+
+    Raises:
+        ConfigError: ``file`` does not hold choices. RunError: the micro-batch does not fit into the GPU.
+    """
+    choices.forget()
+    for op in OPS.values():
+        op.used = None
+    chosen = step.ranks.from_first(lambda: _choose(step, file))
+    choices.forget()
+    choices.load(chosen, str(file))
+    if not step.ranks.first and step.device.type == "cuda":
+        _pass(step)
+
+
+def write_choices(step: TrainStep, file: Path) -> None:
+    """Store what each op runs on, and why."""
+    used = {name: op.used for name, op in OPS.items() if op.used}
+    write_json(file, {"device": _device_name(step), "used": used, "choices": choices.stored()})
+
+
+def _choose(step: TrainStep, file: Path) -> dict[str, dict[str, str]]:
+    if file.exists():
+        stored = read_json(file)
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{file}: given {stored!r}, allowed what a run has written there")
+        if stored.get("device") == _device_name(step):
+            choices.load(stored.get("choices"), str(file))
+    with contextlib.nullcontext() if step.config.train.deterministic else choices.probing():
+        _pass(step)
+    return choices.stored()
+
+
+def _pass(step: TrainStep) -> None:
+    if step.device.type != "cuda":
+        step.rehearse(step.micro_batch)
+        return
+    try:
+        needed = _peak_bytes(step, step.micro_batch) + _later_bytes(step)
+    except torch.OutOfMemoryError:
+        needed = None
+    available = torch.cuda.mem_get_info(step.device)[0] + torch.cuda.memory_reserved(step.device)
+    if needed is None or needed > available:
+        one, four = (_peak_bytes(step, images) for images in (1, 4))
+        raise RunError(
+            too_large(step.micro_batch, _share(step), available, one + _later_bytes(step), (four - one) // 3)
+        )
+
+
+def too_large(micro_batch: int, share: int, available: int, one: int, per_image: int) -> str:
+    """What to do about a micro-batch that does not fit: ``one`` are the bytes with one image, ``per_image`` those of
+    each further one, ``share`` the images of a step on this rank."""
+    fit = 1 + (available - one) // max(per_image, 1)
+    measured = f"a step takes {one / _GIB:.2f} GiB with one image and {per_image / _GIB:.3f} GiB for each further one"
+    divisors = [size for size in range(1, share + 1) if share % size == 0 and size <= fit]
+    if not divisors:
+        return f"model.name: {measured}, and this GPU has {available / _GIB:.2f} GiB: take a smaller model"
+    return (
+        f"train.micro_batch: given {micro_batch}; {measured}, so that {fit} fit into the {available / _GIB:.2f} GiB of "
+        f"this GPU: take --train.micro_batch {divisors[-1]}, which changes memory and not the batch"
+    )
+
+
+def _peak_bytes(step: TrainStep, images: int) -> int:
+    torch.cuda.reset_peak_memory_stats(step.device)
+    step.rehearse(images)
+    torch.cuda.synchronize(step.device)
+    return torch.cuda.max_memory_allocated(step.device)
+
+
+def _later_bytes(step: TrainStep) -> int:
+    """Moments and averages, which the optimizer makes in its first step."""
+    state = step.optimizer.state
+    return sum(3 * 4 * p.numel() for p in step.model.parameters() if p not in state)
+
+
+def _share(step: TrainStep) -> int:
+    return step.micro_batch * step.micro_batches
+
+
+def _device_name(step: TrainStep) -> str:
+    return torch.cuda.get_device_name(step.device) if step.device.type == "cuda" else "cpu"
