@@ -33,6 +33,8 @@ class Train:
     """Run folder; default runs/PRESET. The same command again resumes."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration and size of the run, and stop."""
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write where the time of a few steps went into the run folder's profile/: a trace, a table of kernels."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
 
     def __call__(self) -> None:
@@ -43,7 +45,7 @@ class Train:
             print(describe(self.run))
             return
         folder = self.out or Path("runs") / self.preset
-        if train(self.run, folder) is not None:
+        if train(self.run, folder, profile=self.profile) is not None:
             print(f"report: {write_report(folder)}")
 
 

@@ -1,11 +1,13 @@
 """The op layer: every op of the engine, each a public function with its definition in a file of the same name."""
 
 from erd_fast.ops.ada_layer_norm import ada_layer_norm
+from erd_fast.ops.adamw_ema import adamw_ema
 from erd_fast.ops.attention import attention
 from erd_fast.ops.backends import BACKENDS, OPS, use_backend
 from erd_fast.ops.diffusion_loss import DiffusionLoss, diffusion_loss
 from erd_fast.ops.draw import Draw, draw
 from erd_fast.ops.explain import explain
+from erd_fast.ops.grad_norm import grad_norm
 from erd_fast.ops.linear_gelu import gelu_mlp, linear_gelu
 from erd_fast.ops.q_sample import LatentKind, QSample, q_sample
 from erd_fast.ops.residual_ada_layer_norm import Branch, residual_ada_layer_norm
@@ -19,11 +21,13 @@ __all__ = [
     "LatentKind",
     "QSample",
     "ada_layer_norm",
+    "adamw_ema",
     "attention",
     "diffusion_loss",
     "draw",
     "explain",
     "gelu_mlp",
+    "grad_norm",
     "linear_gelu",
     "q_sample",
     "residual_ada_layer_norm",

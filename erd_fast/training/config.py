@@ -15,6 +15,7 @@ from erd_fast.diffusion.timesteps import TSampler
 from erd_fast.diffusion.weighting import Normalize, Reading
 from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models import MODELS
+from erd_fast.training.tracking import Track
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Switch = Literal["on", "off"]
@@ -51,6 +52,8 @@ class TrainConfig:
     """Newest checkpoints to keep; 0 keeps all."""
     sample_every: int = 10_000
     """Steps between previews of 40 images."""
+    track: Track = "none"
+    """Metrics go to tensorboard (the run's folder tensorboard) or wandb too; pip install erd-fast[track]."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, batch_size=1, micro_batch=0, log_every=1)
@@ -63,6 +66,7 @@ class TrainConfig:
         )
         _one_of("train.precision", self.precision, get_args(Precision))
         _one_of("train.reduce_dtype", self.reduce_dtype, ("fp32", "bf16"))
+        _one_of("train.track", self.track, get_args(Track))
         _on_off(self, "cuda_graph")
         _one_of("train.cuda_graph", self.cuda_graph, get_args(Switch))
 
@@ -243,6 +247,7 @@ MAY_CHANGE_ON_RESUME = {
     "train.steps",
     "train.micro_batch",
     "train.cuda_graph",
+    "train.track",
     "eval.every",
     "data.path",
     "data.loader",

@@ -6,9 +6,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -25,16 +25,19 @@ from erd_fast.training.distributed import Ranks, check_equal, check_shares, proc
 from erd_fast.training.graph import StepGraph
 from erd_fast.training.metrics import RunLog, Speed, read_log
 from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
+from erd_fast.training.profiling import StepProfiler
 from erd_fast.training.rehearsal import rehearse, write_choices
+from erd_fast.training.tracking import open_tracker
 
+T = TypeVar("T")
 _AGREE_EVERY = 10
 """Steps between the moments at which ranks tell each other of a signal."""
 _NOT_FINITE = "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
 
 
-def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str, Any] | None:
     """Train ``config`` in the run folder, from its newest checkpoint if it has one. Returns the last metrics, on the
-    first rank alone.
+    first rank alone. ``profile`` writes where the time of a few steps went into ``folder/profile``.
 
     Under torchrun each process is a rank that does its share of every batch; the first one writes the folder, which all
     must see.
@@ -55,7 +58,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         run = ranks.together(lambda: _Run(config, folder, store, ranks, device))
         with contextlib.ExitStack() as held:
             ranks.from_first(lambda: _take_folder(folder, held))
-            metrics = run.go(held.enter_context(_stop_requests()))
+            ranks.from_first(lambda: _open_tracker(config, folder, held, run.log))
+            metrics = run.go(held.enter_context(_stop_requests()), profile)
         return metrics if ranks.first else None
 
 
@@ -100,7 +104,7 @@ class _Run:
         self.speed = Speed(flops, device, config.train.precision, ranks.size)
         self.done = 0  # steps taken
 
-    def go(self, stop: "_StopRequest") -> dict[str, Any]:
+    def go(self, stop: "_StopRequest", profile: bool) -> dict[str, Any]:
         config, folder = self.config, self.folder
         if not self._start_or_resume():
             return self.log.last
@@ -112,9 +116,14 @@ class _Run:
         bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
         begin = self.done
         with contextlib.closing(batches), bar:
+            profiler = self._profiler() if profile and self.ranks.first else None
             self.speed.restart()
             while self.done < config.train.steps:
+                if profiler is not None:
+                    self._uncounted(profiler.before)
                 self.graph(batches)
+                if profiler is not None and (found := self._uncounted(profiler.after)) is not None:
+                    tqdm.write(f"{found}wrote {folder / 'profile'}")
                 self.done += 1
                 self.speed.count(config.train.batch_size)
                 bar.update()
@@ -182,6 +191,16 @@ class _Run:
             self._say(f"{self.folder} is at step {state.step}, past train.steps {steps}; nothing to do")
             return newest, False
         return newest, True
+
+    def _profiler(self) -> StepProfiler:
+        left = self.config.train.steps - self.done
+        return StepProfiler(self.folder / "profile", self.device, self.ranks.size > 1, left)
+
+    def _uncounted(self, call: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = call()
+        self.speed.pause(time.perf_counter() - began)
+        return result
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
@@ -320,6 +339,12 @@ def _check_ranks(config: RunConfig, folder: Path, store: LatentStore, ranks: Ran
 def _take_folder(folder: Path, held: contextlib.ExitStack) -> None:
     make_folder(folder)
     held.enter_context(_only_process_in(folder))
+
+
+def _open_tracker(config: RunConfig, folder: Path, held: contextlib.ExitStack, log: RunLog) -> None:
+    log.tracker = open_tracker(config.train.track, folder, config.flat())
+    if log.tracker is not None:
+        held.callback(log.tracker.close)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from erd_fast.errors import DataError, RunError
 from erd_fast.files import write_json, write_text
+from erd_fast.training.tracking import Tracker
 
 # Dense bf16 and fp16 matrix peak of the datasheets, TFLOP/s, SXM boards. No entry, no mfu.
 _PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
@@ -25,6 +26,7 @@ class RunLog:
 
     def __init__(self, folder: Path, fixed: dict[str, Any], writes: bool = True):
         """``fixed`` are metrics that do not change; a rank that does not write keeps the last values alone."""
+        self.tracker: Tracker | None = None
         self._file, self._metrics = folder / "log.jsonl", folder / "metrics.json"
         self._fixed, self._writes = fixed, writes
         self._take(read_log(self._file))
@@ -46,6 +48,8 @@ class RunLog:
             self.last |= line
         if not self._writes:
             return
+        if self.tracker is not None and "event" not in line:
+            self.tracker.write(line)
         try:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
