@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +58,7 @@ class _Wandb:
 
     def __init__(self, wandb: ModuleType, folder: Path, config: dict[str, Any]):
         file = folder / "wandb-id"
-        name = file.read_text() if file.is_file() else wandb.util.generate_id()
+        name = file.read_text() if file.is_file() else uuid.uuid4().hex
         file.write_text(name)
         how = {"id": name, "resume": "allow", "name": folder.resolve().name, "dir": folder, "config": config}
         settings = wandb.Settings(console="off", silent=True)
