@@ -28,9 +28,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = ("bindings.cpp", "draw.cpp", "q_sample.cpp", "diffusion_loss.cpp", "cpu_twin.cpp")
-CUDA_SOURCES = ("draw.cu", "q_sample.cu", "diffusion_loss.cu", "linear_gelu.cu")
-HEADERS = ("cublaslt.h", "cpu_twin.h", "diffusion_math.h", "kernel.cuh", "launchers.h", "philox.h")
+CPU_SOURCES = ("bindings.cpp", "draw.cpp", "q_sample.cpp", "diffusion_loss.cpp", "grad_norm.cpp", "adamw_ema.cpp",
+               "cpu_twin.cpp")  # fmt: skip
+CUDA_SOURCES = ("draw.cu", "q_sample.cu", "diffusion_loss.cu", "linear_gelu.cu", "grad_norm.cu", "adamw_ema.cu")
+HEADERS = ("adamw_ema.h", "chunks.h", "cublaslt.h", "cpu_twin.h", "diffusion_math.h", "host_device.h", "kernel.cuh",
+           "launchers.h", "philox.h")  # fmt: skip
 LIBRARY, RECORD = "_C.abi3.so", "_build.json"
 DEFAULT_ARCHS = ("80", "90", "100")
 
@@ -199,7 +201,14 @@ def build_library(found: Plan, output: Path, work: Path) -> None:
 
 def describe(found: Plan, *, cpu: bool) -> dict[str, object]:
     cuda = cpu and found.toolkit is not None
-    return {"cuda": cuda, "cpu": cpu, "archs": found.archs if cuda else [], "reason": found.reason}
+    facts = {"archs": found.archs, "toolkit": version(found.toolkit)} if cuda and found.toolkit else {"archs": []}
+    return {"cuda": cuda, "cpu": cpu, **facts, "reason": found.reason}
+
+
+def version(toolkit: Path) -> int:
+    """As CUDA counts: 13000 is 13.0."""
+    header = (toolkit / "include/cuda_runtime_api.h").read_text(errors="replace")
+    return int(re.search(r"#define CUDART_VERSION\s+(\d+)", header)[1])
 
 
 class BuildExt(build_ext):

@@ -93,7 +93,9 @@ def absence(backend: str) -> tuple[str, str] | None:
 def _cuda_absence() -> tuple[str, str] | None:
     if not _gpu():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
-    return too_old(torch.cuda.get_device_capability(), _build_facts()["archs"])
+    facts = _build_facts()
+    driver = driver_too_old(torch._C._cuda_getDriverVersion(), facts.get("toolkit", 0))
+    return driver or too_old(torch.cuda.get_device_capability(), facts["archs"])
 
 
 def too_old(capability: tuple[int, int], architectures: list[str]) -> tuple[str, str] | None:
@@ -108,6 +110,23 @@ def too_old(capability: tuple[int, int], architectures: list[str]) -> tuple[str,
         f"the extension was built for sm_{', sm_'.join(architectures)} and newer, and this GPU is sm_{given}",
         f"reinstall with ERD_FAST_CUDA_ARCHS={given}, or take another backend",
     )
+
+
+def driver_too_old(driver: int, toolkit: int) -> tuple[str, str] | None:
+    """(reason, remedy) why a driver of this CUDA version cannot run what this toolkit built, or None; 13000 is 13.0.
+
+    Machine code runs on every driver of its major version and of later ones.
+    """
+    if driver // 1000 >= toolkit // 1000:
+        return None
+    return (
+        f"the extension was built with CUDA {_dotted(toolkit)}, and this driver is for CUDA {_dotted(driver)}",
+        f"update the driver, or reinstall with a toolkit of CUDA {driver // 1000}",
+    )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 @functools.cache

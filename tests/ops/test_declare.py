@@ -81,6 +81,14 @@ def test_a_gpu_older_than_the_build_is_refused_with_what_to_do():
     assert backends.too_old((8, 0), ["90a"]) is not None
 
 
+def test_a_driver_older_than_the_toolkit_is_told_what_to_do():
+    assert all(backends.driver_too_old(driver, 13000) is None for driver in (13000, 13020, 14000))
+    assert backends.driver_too_old(12080, 12090) is None and backends.driver_too_old(12080, 0) is None
+    reason, remedy = backends.driver_too_old(12080, 13000)
+    assert reason == "the extension was built with CUDA 13.0, and this driver is for CUDA 12.8"
+    assert remedy == "update the driver, or reinstall with a toolkit of CUDA 12"
+
+
 def test_devices_that_no_kernel_is_for_take_the_reference():
     x, rows = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, 4, device="meta")
     assert q_sample(x, rows, noise=x).x_t.shape == x.shape
