@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import CHUNK, MOST_EMAS, ChunkTable, Slot
+from erd_fast.ops.chunks import CHUNK, MOST_EMAS, ChunkTable, Slot, Slots
 from erd_fast.ops.declare import Outputs, Pass, declare
 from erd_fast.ops.grad_norm import wide
 
@@ -84,7 +84,7 @@ class StepState(NamedTuple):
 
 
 def adamw_ema(
-    slots: Sequence[Slot],
+    slots: Slots | Sequence[Slot],
     table: ChunkTable,
     settings: Tensor,
     norm: Tensor,
@@ -108,7 +108,7 @@ def adamw_ema(
     as many steps without one.
 
     Args:
-        slots: gradients and what belongs to them; parameter, moments and averages float32 (or all float64).
+        slots: one or more gradients and what belongs to them; parameter, moments and averages float32 (or all float64).
         table: that of ``slots``.
         settings: (groups, 16) float64, see :class:`Setting`.
         norm: () norm of the gradients as they are, :func:`erd_fast.ops.grad_norm`'s.
@@ -123,32 +123,9 @@ def adamw_ema(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; docs/math.md F.
     """
-    if not slots:
-        return
-    decays = len(slots[0].emas)
-    if decays > MOST_EMAS or any(len(slot.emas) != decays for slot in slots):
-        raise ValueError(
-            f"adamw_ema: slots: given {sorted({len(slot.emas) for slot in slots})} averages, "
-            f"allowed 0 to {MOST_EMAS}, as many for each"
-        )
-    none = torch.empty(0, device=norm.device)
-    _op(
-        table.rows,
-        table.places,
-        CHUNK,
-        settings,
-        norm,
-        growth_interval,
-        decays,
-        *state,
-        [slot.gradient for slot in slots],
-        [slot.parameter for slot in slots],
-        [slot.exp_avg for slot in slots],
-        [slot.exp_avg_sq for slot in slots],
-        [none if slot.copy is None else slot.copy for slot in slots],
-        [ema for slot in slots for ema in slot.emas],
-        [slot.group for slot in slots],
-    )
+    lists = slots if isinstance(slots, Slots) else Slots.of(slots)
+    decays = len(lists.emas) // len(lists.gradients)
+    _op(table.rows, table.places, CHUNK, settings, norm, growth_interval, decays, *state, *lists)
 
 
 def advance_reference(settings: Tensor, norm: Tensor, growth_interval: int, state: StepState) -> None:
@@ -260,7 +237,7 @@ _op = declare(
         _body,
         lambda *flat: (),
         _launch,
-        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema")),
+        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema", 10, 11)),
         mutates=(
             "counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas"
         ),

@@ -63,6 +63,36 @@ class Slot(NamedTuple):
         return [*addresses, self.gradient.numel(), self.group, form]
 
 
+class Slots(NamedTuple):
+    """Slots as a list of each kind of tensor, what an op of many tensors takes."""
+
+    gradients: list[Tensor]
+    parameters: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    copies: list[Tensor]
+    """Without elements where there is none."""
+    emas: list[Tensor]
+    """Of the first slot, then of the second."""
+    groups: list[int]
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot]) -> "Slots":
+        """Raises ValueError where some slots have other averages than the rest, or too many."""
+        counts = sorted({len(slot.emas) for slot in slots})
+        if len(counts) > 1 or counts[-1] > MOST_EMAS:
+            raise ValueError(f"adamw_ema: slots: given {counts} averages, allowed 0 to {MOST_EMAS}, as many for each")
+        none = torch.empty(0, device=slots[0].gradient.device)
+
+        def all_of(name: str) -> list[Tensor]:
+            return [none if (tensor := getattr(slot, name)) is None else tensor for slot in slots]
+
+        names = ("gradient", "parameter", "exp_avg", "exp_avg_sq", "copy")
+        gradients, parameters, exp_avgs, exp_avg_sqs, copies = map(all_of, names)
+        emas = [ema for slot in slots for ema in slot.emas]
+        return cls(gradients, parameters, exp_avgs, exp_avg_sqs, copies, emas, [slot.group for slot in slots])
+
+
 class ChunkTable:
     """The table of some slots on a device. Its memory stays while the sizes of the tensors do, so that a captured graph
     may read it.

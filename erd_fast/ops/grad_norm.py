@@ -58,12 +58,11 @@ def check_dense(op: str, argument: str, given: Tensor) -> None:
         )
 
 
-def wide(op: str) -> Callable[..., str | None]:
-    """``supports`` of a backend that takes no float64."""
+def wide(op: str, *lists: int) -> Callable[..., str | None]:
+    """``supports`` of a backend that takes no float64 in these ``lists`` of an op's flat arguments."""
 
     def reason(*flat: Any) -> str | None:
-        lists = (arg for arg in flat if isinstance(arg, list))
-        if all(tensor.dtype in FORMATS for tensors in lists for tensor in tensors if isinstance(tensor, Tensor)):
+        if all(tensor.dtype in FORMATS for number in lists for tensor in flat[number]):
             return None
         return f"{op} in float64 is PyTorch's"
 
@@ -90,7 +89,7 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     kernel(*inputs[:3], *outputs)
 
 
-_SUPPORTS = dict.fromkeys(("cuda", "triton", "cpu"), wide("grad_norm"))
+_SUPPORTS = dict.fromkeys(("cuda", "triton", "cpu"), wide("grad_norm", 3))
 _op = declare(
     "grad_norm",
     Pass(

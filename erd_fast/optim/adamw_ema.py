@@ -18,7 +18,7 @@ from erd_fast.ops.adamw_ema import (
     StepState,
     adamw_ema,
 )
-from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, capturing
+from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, Slots, capturing
 from erd_fast.ops.grad_norm import check_dense, grad_norm
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
@@ -92,6 +92,8 @@ class AdamWEMA(torch.optim.Optimizer):
         scale = INITIAL_LOSS_SCALE if scale_loss else 1.0
         self._scalars = torch.tensor([scale, 0.0], dtype=dtype, device=device)
         self._table = ChunkTable(device)
+        self._key: list[tuple[int, int, torch.dtype]] = []
+        self._kept: Slots | None = None
         self._settings_given: list[list[float]] = []
         self._settings = torch.zeros((0, COLUMNS), dtype=torch.float64, device=device)
         self._factors = torch.zeros((0, COLUMNS), dtype=dtype, device=device)
@@ -127,20 +129,14 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        slots = [
-            self._slot(parameter, number)
-            for number, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if _gradient(parameter) is not None
-        ]
-        self._table.update(slots)
+        slots = self._slots()
         self.refresh()
-        if slots:
-            norm = grad_norm([slot.gradient for slot in slots], self._table)
-            state = StepState(self.counts, self._scalars, self._factors)
-            adamw_ema(slots, self._table, self._settings, norm, state, growth_interval=self._growth_interval)
-        else:
+        if slots is None:
             self._scalars[1] = 0.0
+            return loss
+        norm = grad_norm(slots.gradients, self._table)
+        state = StepState(self.counts, self._scalars, self._factors)
+        adamw_ema(slots, self._table, self._settings, norm, state, growth_interval=self._growth_interval)
         return loss
 
     def refresh(self) -> None:
@@ -213,15 +209,34 @@ class AdamWEMA(torch.optim.Optimizer):
                 self.state[parameter] = {
                     name: _into(kept.get(name), value, parameter) for name, value in given["state"][number].items()
                 }
+        self._key, self._kept = [], None
         self.counts.copy_(state_dict[_OWN]["counts"])
         self._scalars.copy_(state_dict[_OWN]["scalars"])
 
-    def _slot(self, parameter: nn.Parameter, group: int) -> Slot:
+    def _slots(self) -> Slots | None:
+        """All that a step changes, of the parameters with a gradient; made anew when an address has changed."""
+        found = [
+            (parameter, number, gradient)
+            for number, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if (gradient := _gradient(parameter)) is not None
+        ]
+        if not found:
+            return None
+        key = [(parameter.data_ptr(), gradient.data_ptr(), gradient.dtype) for parameter, _, gradient in found]
+        if key == self._key and self._kept is not None:
+            return self._kept._replace(gradients=[gradient for _, _, gradient in found])
+        slots = [self._slot(*one) for one in found]
+        self._table.update(slots)
+        made = Slots.of(slots)
+        copied = any(slot.gradient is not gradient for slot, (_, _, gradient) in zip(slots, found, strict=True))
+        self._key, self._kept = ([] if copied else key), made._replace(gradients=[])  # these would outlive their step
+        return made
+
+    def _slot(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> Slot:
         state = self.state[parameter]
         if not state:
             state |= self._new_state(parameter)
-        gradient = _gradient(parameter)
-        assert gradient is not None
         if gradient.stride() != parameter.stride():  # chunks are runs of memory, so all must have one order
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         master = state.get("master")
