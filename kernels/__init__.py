@@ -12,4 +12,7 @@ rows.py            rows of a matrix as two blocks: device functions for the norm
 residual_ada_layer_norm.py  a branch joins the residual stream, then LayerNorm modulated by sample, forward and backward
 ada_layer_norm.py  the same without a branch
 attention.py       softmax(q k^T) v of packed q, k and v, forward and backward
+chunks.py          chunks of many tensors by their addresses: device functions for the optimizer
+grad_norm.py       the norm of all gradients together
+adamw_ema.py       what a step does to every parameter: unscale, clip, AdamW, averages, copy
 """

@@ -30,9 +30,11 @@ from triton.runtime.jit import JITFunction
 
 from erd_fast.kernels import (
     ada_layer_norm,
+    adamw_ema,
     attention,
     diffusion_loss,
     draw,
+    grad_norm,
     linear_gelu,
     q_sample,
     residual_ada_layer_norm,
@@ -213,6 +215,15 @@ def _residual_backward(
     residual_ada_layer_norm.backward(*inputs, x, branch, sums if gated else None, sums, sums)
 
 
+def _table() -> tuple[torch.Tensor, torch.Tensor, int]:
+    return longs(300, 12), empty(80000, 2, dtype=torch.int32), 8192
+
+
+def _adamw_ema(decays: int) -> None:
+    settings = empty(2, 16, dtype=torch.float64)
+    adamw_ema.forward(*_table(), settings, empty(), 2000, decays, longs(3), empty(2), empty(2, 16))
+
+
 # What training launches at real sizes, each branch of a kernel at least once, and the odd sizes.
 CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "draw": lambda: _draw(),
@@ -271,6 +282,12 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "attention backward 256x64 fp16": lambda: _attention(256, 64, torch.float16, backward=True),
     "attention backward 258x72": lambda: _attention(258, 72, backward=True),
     "attention backward 64x32 fp32": lambda: _attention(64, 32, torch.float32, backward=True),
+    "grad_norm": lambda: grad_norm.forward(*_table(), empty(), empty(80000)),
+    "adamw_ema 0 averages": lambda: _adamw_ema(0),
+    "adamw_ema 1 average": lambda: _adamw_ema(1),
+    "adamw_ema 2 averages": lambda: _adamw_ema(2),
+    "adamw_ema 3 averages": lambda: _adamw_ema(3),
+    "adamw_ema 4 averages": lambda: _adamw_ema(4),
 }
 
 
@@ -318,6 +335,7 @@ def _source(launch: Launch) -> ASTSource:
 
 
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -237,7 +237,7 @@ _op = declare(
         _body,
         lambda *flat: (),
         _launch,
-        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema", 10, 11)),
+        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema", 8, 10, 11)),
         mutates=(
             "counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas"
         ),

@@ -94,7 +94,7 @@ def _cuda_absence() -> tuple[str, str] | None:
     if not _gpu():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
     facts = _build_facts()
-    driver = driver_too_old(torch._C._cuda_getDriverVersion(), facts.get("toolkit", 0))
+    driver = driver_too_old(torch._C._cuda_getDriverVersion(), facts.get("toolkit", 0))  # type: ignore[attr-defined]
     return driver or too_old(torch.cuda.get_device_capability(), facts["archs"])
 
 

@@ -58,11 +58,12 @@ def check_dense(op: str, argument: str, given: Tensor) -> None:
         )
 
 
-def wide(op: str, *lists: int) -> Callable[..., str | None]:
-    """``supports`` of a backend that takes no float64 in these ``lists`` of an op's flat arguments."""
+def wide(op: str, *places: int) -> Callable[..., str | None]:
+    """``supports`` of a backend that takes no float64 in the flat arguments, tensors or lists, at these ``places``."""
 
     def reason(*flat: Any) -> str | None:
-        if all(tensor.dtype in FORMATS for number in lists for tensor in flat[number]):
+        lists = ([arg] if isinstance(arg := flat[place], Tensor) else arg for place in places)
+        if all(tensor.dtype in FORMATS for tensors in lists for tensor in tensors):
             return None
         return f"{op} in float64 is PyTorch's"
 

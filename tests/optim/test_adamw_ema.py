@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from erd_fast.errors import ConfigError
+from erd_fast.ops import OPS
 from erd_fast.optim import AdamWEMA
 
 HOW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -304,6 +305,15 @@ def test_a_group_that_joins_later_begins_at_its_own_first_step():
         optimizer.step()
     for own, other in zip(late, fresh, strict=True):
         assert torch.equal(own, other) and torch.equal(optimizer.average(own), alone.average(other))
+
+
+def test_float64_beside_float32_is_pytorchs():
+    """Also in a step in which the float64 parameter has no gradient: what the optimizer counts is float64 then."""
+    single, double = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3).double())
+    optimizer = AdamWEMA([single, double], **HOW)
+    single.grad = torch.ones(3)
+    optimizer.step()
+    assert OPS["adamw_ema"].used == "reference" and not torch.equal(single, torch.ones(3))
 
 
 def test_parameters_that_are_no_numbers_are_refused():
