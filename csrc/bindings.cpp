@@ -149,6 +149,21 @@ void check_layout(const Call& call, const char* argument, const Tensor& tensor, 
     }
 }
 
+// The table of erd_fast/ops/chunks.py. Its addresses are taken at their word; on a GPU, so are its other numbers.
+ChunkTable table_of(const Call& call, const Tensor& rows, const Tensor& places, int64_t chunk) {
+    call.check_range("chunk", chunk, CHUNK, CHUNK);
+    int64_t tensors = rows.numel() / TABLE_COLUMNS, chunks = places.numel() / PLACE_COLUMNS;
+    call.check_range("chunks", chunks, 0, (int64_t(1) << 31) - 1);
+    ChunkTable table{call.in<TensorRow>("rows", rows, ScalarType::Long, {tensors, TABLE_COLUMNS}),
+                     call.in<ChunkPlace>("places", places, ScalarType::Int, {chunks, PLACE_COLUMNS}), chunks};
+    for (int64_t i = 0; !call.cuda && i < chunks; i++) {
+        const ChunkPlace& place = table.places[i];
+        call.check_range("row of places", place.row, 0, tensors - 1);
+        call.check_range("chunk of places", place.number, 0, (table.rows[place.row].numel - 1) / CHUNK);
+    }
+    return table;
+}
+
 // ----------------------------------------------------------------------------
 // where it runs
 
@@ -323,6 +338,48 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
     diffusion_loss_sum_cpu(a);
 }
 
+void grad_norm_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, const Tensor& norm,
+                   const Tensor& partials) {
+    Call call("grad_norm", norm);
+    GradNormArguments a{};
+    a.table = table_of(call, rows, places, chunk);
+    a.norm = call.out<float>("norm", norm, ScalarType::Float, {});
+    a.partials = call.out<float>("partials", partials, ScalarType::Float, {a.table.chunks});
+#ifdef ERD_FAST_CUDA
+    if (call.cuda) return launch(call, launch_grad_norm_fwd, a);
+#endif
+    torch::stable::parallel_for(0, a.table.chunks, grain(READ_ELEMENTS, CHUNK),
+                                [&](int64_t first, int64_t last) { grad_norm_fwd_cpu(a, first, last); });
+    grad_norm_sum_cpu(a);
+}
+
+void adamw_ema_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, const Tensor& settings, const Tensor& norm,
+                   int64_t growth_interval, int64_t decays, const Tensor& counts, const Tensor& scalars,
+                   const Tensor& factors) {
+    Call call("adamw_ema", norm);
+    call.check_range("growth_interval", growth_interval, 0, int64_t(1) << 62);
+    call.check_range("decays", decays, 0, MOST_EMAS);
+    AdamwEmaArguments a{};
+    a.groups = settings.numel() / GROUP_COLUMNS;
+    a.table = table_of(call, rows, places, chunk);
+    a.settings = call.in<GroupSettings>("settings", settings, ScalarType::Double, {a.groups, GROUP_COLUMNS});
+    for (int64_t i = 0; !call.cuda && i < a.table.chunks; i++) {
+        call.check_range("group of rows", a.table.rows[a.table.places[i].row].group, 0, a.groups - 1);
+    }
+    a.norm = call.in<float>("norm", norm, ScalarType::Float, {});
+    a.growth_interval = growth_interval;
+    a.decays = (int)decays;
+    a.counts = call.out<StepCounts>("counts", counts, ScalarType::Long, {3});
+    a.scalars = call.out<StepScalars>("scalars", scalars, ScalarType::Float, {2});
+    a.factors = call.out<GroupFactors>("factors", factors, ScalarType::Float, {a.groups, GROUP_COLUMNS});
+#ifdef ERD_FAST_CUDA
+    if (call.cuda) return launch(call, launch_adamw_ema_fwd, a);
+#endif
+    adamw_ema_advance_cpu(a);
+    torch::stable::parallel_for(0, a.table.chunks, grain(READ_ELEMENTS, CHUNK),
+                                [&](int64_t first, int64_t last) { adamw_ema_fwd_cpu(a, first, last); });
+}
+
 #ifdef ERD_FAST_CUDA
 // As launch, with memory for the kernels alone: torch may give it to others once they are enqueued.
 template <typename Arguments>
@@ -454,6 +511,10 @@ STABLE_TORCH_LIBRARY(_erd_fast_C, m) {
     m.def(
         "linear_gelu_bwd(Tensor dy, Tensor? next_weight, Tensor pre, str approximate, Tensor(a!) dpre, "
         "Tensor(b!) dbias, Tensor(c!)? activation) -> ()");
+    m.def("grad_norm_fwd(Tensor rows, Tensor places, int chunk, Tensor(a!) norm, Tensor(b!) partials) -> ()");
+    m.def(
+        "adamw_ema_fwd(Tensor rows, Tensor places, int chunk, Tensor settings, Tensor norm, int growth_interval, "
+        "int decays, Tensor(a!) counts, Tensor(b!) scalars, Tensor(c!) factors) -> ()");
     m.def("cpu_level(int level=-1) -> int");
     m.def("has_cuda() -> bool");
     m.def("has_cuda_stream() -> bool");
@@ -469,6 +530,8 @@ STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CPU, m) {
     m.impl("draw_fwd", TORCH_BOX(&erd_fast::draw_fwd));
     m.impl("q_sample_fwd", TORCH_BOX(&erd_fast::q_sample_fwd));
     m.impl("diffusion_loss_fwd", TORCH_BOX(&erd_fast::diffusion_loss_fwd));
+    m.impl("grad_norm_fwd", TORCH_BOX(&erd_fast::grad_norm_fwd));
+    m.impl("adamw_ema_fwd", TORCH_BOX(&erd_fast::adamw_ema_fwd));
 }
 
 #ifdef ERD_FAST_CUDA
@@ -476,6 +539,8 @@ STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CUDA, m) {
     m.impl("draw_fwd", TORCH_BOX(&erd_fast::draw_fwd));
     m.impl("q_sample_fwd", TORCH_BOX(&erd_fast::q_sample_fwd));
     m.impl("diffusion_loss_fwd", TORCH_BOX(&erd_fast::diffusion_loss_fwd));
+    m.impl("grad_norm_fwd", TORCH_BOX(&erd_fast::grad_norm_fwd));
+    m.impl("adamw_ema_fwd", TORCH_BOX(&erd_fast::adamw_ema_fwd));
     m.impl("linear_gelu_fwd", TORCH_BOX(&erd_fast::linear_gelu_fwd));
     m.impl("linear_gelu_bwd", TORCH_BOX(&erd_fast::linear_gelu_bwd));
 }

@@ -1,6 +1,5 @@
 /*
-What the CPU twins of q_sample and diffusion_loss share: one body for several instruction sets, number formats, and
-patch tokens.
+What the CPU twins share: one body for several instruction sets, number formats, sums by lanes, and patch tokens.
 
 A twin is written once, as loops over short runs of memory that the compiler turns into vector code, and compiled for
 each instruction set by ERD_FAST_VARIANTS: the function named is made three times, everything it calls inlined. (Whole
@@ -107,6 +106,18 @@ ERD_FAST_PART void narrow(float value, Float16* out) {
     uint32_t large = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;  // from 65520, which rounds to 2^16: infinity
     uint32_t finite = magnitude < 0x38800000 ? small : normal;
     out->bits = (uint16_t)((magnitude >= 0x477FF000 ? large : finite) | sign);
+}
+
+// ----------------------------------------------------------------------------
+// sums
+
+// What the lanes of a sum hold, pairwise: in the same order on every instruction set.
+template <int LANES>
+ERD_FAST_PART float sum_of(float (&lanes)[LANES]) {
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
 }
 
 // ----------------------------------------------------------------------------

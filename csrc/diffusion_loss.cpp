@@ -32,10 +32,7 @@ ERD_FAST_PART float squares(const T* __restrict prediction, const float* __restr
         float error = widen(prediction[i + lane]) - target[i + lane];
         sums[lane] += error * error;
     }
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    }
-    return sums[0];
+    return sum_of(sums);
 }
 
 // `out` may be `prediction`.

@@ -25,34 +25,13 @@ namespace erd_fast {
 // ----------------------------------------------------------------------------
 // Kernels
 
-constexpr int WARP = 32, LEAST_THREADS = 128, MOST_THREADS = 256, NUMBERS_OF_A_THREAD = 16;
+constexpr int LEAST_THREADS = 128, MOST_THREADS = 256, NUMBERS_OF_A_THREAD = 16;
 constexpr int BINS_OF_A_WARP = 4, AT_ONCE = 4;
-constexpr unsigned WHOLE_WARP = 0xFFFFFFFF;
 
 struct LossShape {
     uint32_t channels, height, width, size, predicted_size;
     Tokens tokens;  // of prediction
 };
-
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-        value += __shfl_down_sync(WHOLE_WARP, value, distance);
-    }
-    return value;  // lane 0 has it
-}
-
-// Thread 0 has the result. Every thread of the block calls it.
-__device__ inline float block_sum(float value) {
-    __shared__ float of_warps[MOST_THREADS / WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    value = warp_sum(value);
-    __syncthreads();
-    if (lane == 0) of_warps[warp] = value;
-    __syncthreads();
-    if (warp == 0) value = warp_sum(lane < (int)blockDim.x / WARP ? of_warps[lane] : 0.0f);
-    return value;
-}
 
 // Row of the weight table, or -1.
 __device__ inline int64_t row_of(const DiffusionLossArguments& a, int64_t image) {

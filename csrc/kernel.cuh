@@ -1,6 +1,6 @@
 /*
-What the CUDA kernels of q_sample and diffusion_loss share: four neighbouring numbers as one access, number formats by
-type or by name, and the check of a launch.
+What the CUDA kernels share: four neighbouring numbers as one access, number formats by type or by name, sums over a
+block, and the check of a launch.
 */
 #pragma once
 
@@ -75,6 +75,31 @@ __device__ inline void store_as(Dtype dtype, void* to, int64_t place, float valu
         default:
             ((float*)to)[place] = value;
     }
+}
+
+constexpr int WARP = 32;
+constexpr unsigned WHOLE_WARP = 0xFFFFFFFF;
+
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value += __shfl_down_sync(WHOLE_WARP, value, distance);
+    }
+    return value;  // lane 0 has it
+}
+
+// Thread 0 has the result, in an order that the size of the block alone settles. Every thread of the block calls it.
+template <typename T>
+__device__ inline T block_sum(T value) {
+    __shared__ T of_warps[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    value = warp_sum(value);
+    __syncthreads();
+    if (lane == 0) of_warps[warp] = value;
+    __syncthreads();
+    if (warp == 0) value = warp_sum(lane < (int)blockDim.x / WARP ? of_warps[lane] : T(0));
+    return value;
 }
 
 __device__ inline float not_a_number() { return __int_as_float(0x7FFFFFFF); }

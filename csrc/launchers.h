@@ -3,8 +3,8 @@ The compiled ops, free of torch: what each takes, the launcher of its CUDA kerne
 
 An argument struct holds raw pointers to contiguous memory; a null pointer is an argument left out. bindings.cpp fills
 it and has checked it. A launcher enqueues on the stream and returns; it throws std::runtime_error if the launch is
-refused. A twin does images [first, last), so that the caller may cut a batch among threads; no result depends on the
-cut.
+refused. A twin does images or chunks [first, last), so that the caller may cut a batch among threads; no result depends
+on the cut.
 */
 #pragma once
 
@@ -114,6 +114,84 @@ struct LinearGeluBackwardArguments {
 };
 
 // ----------------------------------------------------------------------------
+// many tensors as one launch: the table of erd_fast/ops/chunks.py, which names its columns
+
+constexpr int CHUNK = 8192, MOST_EMAS = 4;
+
+struct TensorRow {
+    const void* gradient;
+    float *parameter, *exp_avg, *exp_avg_sq;
+    void* copy;              // or null
+    float* emas[MOST_EMAS];  // each may be null
+    int64_t numel, group, format;
+};
+
+struct ChunkPlace {
+    int32_t row, number;  // in the table; of the chunk within its tensor
+};
+
+struct ChunkTable {
+    const TensorRow* rows;
+    const ChunkPlace* places;
+    int64_t chunks;
+};
+
+constexpr int64_t TABLE_COLUMNS = 12, PLACE_COLUMNS = 2;
+static_assert(sizeof(TensorRow) == TABLE_COLUMNS * sizeof(int64_t), "a row is what torch holds as int64");
+
+// ----------------------------------------------------------------------------
+// grad_norm: the norm of all gradients together
+
+struct GradNormArguments {
+    ChunkTable table;
+    float* norm;      // one number, out
+    float* partials;  // (chunks,) out: sums of squares
+};
+
+// Chunks first, then, once all are done, the sum over them.
+void grad_norm_fwd_cpu(const GradNormArguments& a, int64_t first, int64_t last);
+void grad_norm_sum_cpu(const GradNormArguments& a);
+
+// ----------------------------------------------------------------------------
+// adamw_ema: a step of AdamW with averages; the structs are rows of tensors that erd_fast/ops/adamw_ema.py explains
+
+struct GroupSettings {
+    double lr, beta1, beta2, eps, weight_decay, grad_clip, warmup, cosine_steps, start, ema_decays[MOST_EMAS], rest[3];
+};
+
+struct GroupFactors {
+    float apply, gradient, keep, new1, old2, new2, root, eps, step, emas[MOST_EMAS], lr, rest[2];
+};
+
+struct StepCounts {
+    int64_t opt_step, growth, skipped;
+};
+
+struct StepScalars {
+    float loss_scale, grad_norm;
+};
+
+constexpr int64_t GROUP_COLUMNS = 16;
+static_assert(sizeof(GroupSettings) == GROUP_COLUMNS * sizeof(double), "a row of settings");
+static_assert(sizeof(GroupFactors) == GROUP_COLUMNS * sizeof(float), "a row of factors");
+
+struct AdamwEmaArguments {
+    ChunkTable table;
+    const GroupSettings* settings;  // (groups,)
+    int64_t groups;
+    const float* norm;  // one number on the device
+    int64_t growth_interval;
+    int decays;
+    StepCounts* counts;     // one
+    StepScalars* scalars;   // one
+    GroupFactors* factors;  // (groups,) out
+};
+
+// The numbers of the step first, then chunks.
+void adamw_ema_advance_cpu(const AdamwEmaArguments& a);
+void adamw_ema_fwd_cpu(const AdamwEmaArguments& a, int64_t first, int64_t last);
+
+// ----------------------------------------------------------------------------
 // instruction sets of the CPU twins; results are the same bits on each
 
 enum CpuLevel : int { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
@@ -125,6 +203,8 @@ bool set_cpu_level(int level);  // false, and nothing changes, if this machine l
 void launch_draw_fwd(const DrawArguments& a, cudaStream_t stream);
 void launch_q_sample_fwd(const QSampleArguments& a, cudaStream_t stream);
 void launch_diffusion_loss_fwd(const DiffusionLossArguments& a, cudaStream_t stream);
+void launch_grad_norm_fwd(const GradNormArguments& a, cudaStream_t stream);
+void launch_adamw_ema_fwd(const AdamwEmaArguments& a, cudaStream_t stream);
 
 // hidden, inputs and outputs are multiples of 8, and matrices begin at multiples of 16 bytes. The workspace has as many
 // bytes as are asked for and begins at a multiple of WORKSPACE_ALIGNMENT; asking throws too, if cuBLASLt cannot do it.

@@ -193,7 +193,7 @@ Gemm gemm_of(const LinearGeluBackwardArguments& a) {
 // ----------------------------------------------------------------------------
 // Kernels
 
-constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
+constexpr int THREADS = 256, WARPS = THREADS / WARP;
 constexpr int COLUMNS = 4 * WARP;  // of a block: each lane has four neighbours
 constexpr int PACKS_AT_ONCE = 4, ROWS_AT_ONCE = 2;  // that a thread has in flight
 constexpr float CUT = 10.0f;       // beyond it, GELU(z) / z is 0 or 1 in float32, and flat

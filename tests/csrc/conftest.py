@@ -35,6 +35,14 @@ void diffusion_loss_fwd_cpu(const DiffusionLossArguments&, int64_t, int64_t) {}
 void diffusion_loss_sum_cpu(const DiffusionLossArguments& a) {
     launch_diffusion_loss_fwd(a, nullptr);
 }
+void grad_norm_fwd_cpu(const GradNormArguments&, int64_t, int64_t) {}
+void grad_norm_sum_cpu(const GradNormArguments& a) {
+    launch_grad_norm_fwd(a, nullptr);
+}
+void adamw_ema_advance_cpu(const AdamwEmaArguments& a) {
+    launch_adamw_ema_fwd(a, nullptr);
+}
+void adamw_ema_fwd_cpu(const AdamwEmaArguments&, int64_t, int64_t) {}
 int cpu_level() { return 0; }
 bool set_cpu_level(int) { return false; }
 }
@@ -120,7 +128,7 @@ def _cuda_headers(plan: Any) -> Path | None:
 
 def _emulated(text: str) -> str:
     text = re.sub(r"(\w+(?:<[^<>;]*>)?)<<<(.*?), stream>>>\((.*?)\);", r"emulate(\2, [&] { \1(\3); });", text)
-    text = text.replace("extern __shared__ uint4 shared[];", "").replace("__shared__", "static")
+    text = text.replace("extern __shared__ uint4 shared[];", "")
     assert "<<<" not in text and "emulate(" in text
     return '#include "cuda_emulation.h"\n' + text
 

@@ -3,7 +3,7 @@ Runs the CUDA kernels of csrc on a CPU, one block after the other, so that their
 tested where there is no GPU. Threads of a block are coroutines that change at barriers and shuffles. What it cannot
 show: races between blocks, memory order, speed.
 
-tests/csrc/library.py turns the launch brackets and __shared__ of a .cu into the calls and storage below.
+tests/csrc/conftest.py turns the launch brackets of a .cu into calls of emulate.
 */
 #pragma once
 
@@ -13,13 +13,17 @@ tests/csrc/library.py turns the launch brackets and __shared__ of a .cu into the
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __shared__
+#define __shared__ static
 
 struct Block {
     struct Barrier {
@@ -32,27 +36,28 @@ struct Block {
     };
     std::vector<Thread> threads;
     std::vector<Barrier> warps;
-    std::vector<float> exchanged;
+    std::vector<double> exchanged;  // float passes through unchanged
     Barrier all;
     int living = 0, current = 0;
     ucontext_t scheduler;
     const std::function<void()>* kernel = nullptr;
 };
 
-static Block* block_now;
-static dim3 gridDim_now, blockDim_now;
-static uint3 threadIdx_now, blockIdx_now;
+// One state for all sources: a function of kernel.cuh exists once in the library.
+inline Block* block_now;
+inline dim3 gridDim_now, blockDim_now;
+inline uint3 threadIdx_now, blockIdx_now;
 #define gridDim gridDim_now
 #define blockDim blockDim_now
 #define threadIdx threadIdx_now
 #define blockIdx blockIdx_now
 
-static void give_way() {
+inline void give_way() {
     Block& block = *block_now;
     swapcontext(&block.threads[block.current].context, &block.scheduler);
 }
 
-static void wait_at(Block::Barrier& barrier, int members) {
+inline void wait_at(Block::Barrier& barrier, int members) {
     int generation = barrier.generation;
     if (++barrier.arrived >= members) {
         barrier.arrived = 0;
@@ -63,17 +68,20 @@ static void wait_at(Block::Barrier& barrier, int members) {
 
 inline void __syncthreads() { wait_at(block_now->all, block_now->living); }
 
-inline float __shfl_down_sync(unsigned, float value, int distance) {
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int distance) {
     Block& block = *block_now;
     int thread = block.current, lane = thread % 32;
     block.exchanged[thread] = value;
     wait_at(block.warps[thread / 32], 32);
-    float other = lane + distance < 32 ? block.exchanged[thread + distance] : value;
+    T other = lane + distance < 32 ? (T)block.exchanged[thread + distance] : value;
     wait_at(block.warps[thread / 32], 32);
     return other;
 }
 
 inline void __threadfence() {}
+
+inline bool misaligned;  // a GPU would have stopped at an address that is no multiple of the access
 
 inline int atomicAdd(int* place, int value) {
     int before = *place;
@@ -86,6 +94,25 @@ T __ldcg(const T* place) {
     return *place;
 }
 
+template <typename T>
+T __ldg(const T* place) {
+    T value;
+    misaligned |= (uintptr_t)place % sizeof value != 0;
+    std::memcpy(&value, place, sizeof value);
+    return value;
+}
+
+template <typename T>
+T __ldcs(const T* place) {
+    return __ldg(place);
+}
+
+template <typename T>
+void __stcs(T* place, T value) {
+    misaligned |= (uintptr_t)place % sizeof value != 0;
+    std::memcpy(place, &value, sizeof value);
+}
+
 inline float __int_as_float(int bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -94,7 +121,7 @@ inline float __int_as_float(int bits) {
 
 using std::min;
 
-static void thread_main() {
+inline void thread_main() {
     Block& block = *block_now;
     (*block.kernel)();
     block.threads[block.current].done = true;
@@ -106,7 +133,7 @@ static void thread_main() {
     give_way();
 }
 
-static void run_block(const std::function<void()>& kernel, int count) {
+inline void run_block(const std::function<void()>& kernel, int count) {
     constexpr size_t STACK = 64 << 10;
     static Block block;
     block_now = &block;
@@ -136,7 +163,7 @@ static void run_block(const std::function<void()>& kernel, int count) {
     }
 }
 
-static void emulate(dim3 grid, int threads, size_t, const std::function<void()>& kernel) {
+inline void emulate(dim3 grid, int threads, size_t, const std::function<void()>& kernel) {
     gridDim_now = grid;
     blockDim_now = dim3(threads);
     // Backwards: no result may lean on the order of blocks.
@@ -146,6 +173,10 @@ static void emulate(dim3 grid, int threads, size_t, const std::function<void()>&
             run_block(kernel, threads);
         }
     }
+    if (misaligned) {
+        misaligned = false;
+        throw std::runtime_error("misaligned access");
+    }
 }
 
 inline cudaError_t cudaGetLastError_now() { return cudaSuccess; }
@@ -154,5 +185,5 @@ inline cudaError_t cudaGetLastError_now() { return cudaSuccess; }
 #define cudaMemsetAsync(pointer, value, bytes, stream) std::memset(pointer, value, bytes)
 
 namespace erd_fast {
-alignas(16) static uint4 shared[(48 << 10) / 16];
+alignas(16) inline uint4 shared[(48 << 10) / 16];
 }

@@ -37,7 +37,7 @@ def objects(setup, plan, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss", "linear_gelu"])
+@pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss", "linear_gelu", "grad_norm", "adamw_ema"])
 def test_kernels_keep_to_registers(objects, op):
     cuobjdump = _cuobjdump()
     used = subprocess.run(
