@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import CHUNK, MOST_EMAS, ChunkTable, Slot, Slots
+from erd_fast.ops.chunks import CHUNK, FORMATS, MOST_EMAS, ChunkTable, Slot, Slots
 from erd_fast.ops.declare import Outputs, Pass, declare
-from erd_fast.ops.grad_norm import wide
 
 
 class Setting(enum.IntEnum):
@@ -228,6 +227,14 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     kernel(*inputs[:10])
 
 
+def _reason_against(*flat: Any) -> str | None:
+    """Kernels take addresses for what the table says: float32 but for gradients and copies."""
+    scalars, gradients, parameters = flat[8], flat[10], flat[11]
+    if scalars.dtype != torch.float32 or any(parameter.dtype != torch.float32 for parameter in parameters):
+        return "parameters and what is counted are not all float32"
+    return None if all(gradient.dtype in FORMATS for gradient in gradients) else "gradients in float64 are PyTorch's"
+
+
 _op = declare(
     "adamw_ema",
     Pass(
@@ -237,7 +244,7 @@ _op = declare(
         _body,
         lambda *flat: (),
         _launch,
-        dict.fromkeys(("cuda", "triton", "cpu"), wide("adamw_ema", 8, 10, 11)),
+        dict.fromkeys(("cuda", "triton", "cpu"), _reason_against),
         mutates=(
             "counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas"
         ),

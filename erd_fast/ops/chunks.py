@@ -82,7 +82,7 @@ class Slots(NamedTuple):
         counts = sorted({len(slot.emas) for slot in slots})
         if len(counts) > 1 or counts[-1] > MOST_EMAS:
             raise ValueError(f"adamw_ema: slots: given {counts} averages, allowed 0 to {MOST_EMAS}, as many for each")
-        none = torch.empty(0, device=slots[0].gradient.device)
+        none = torch.empty(0, dtype=torch.float32, device=slots[0].gradient.device)
 
         def all_of(name: str) -> list[Tensor]:
             return [none if (tensor := getattr(slot, name)) is None else tensor for slot in slots]

@@ -58,18 +58,6 @@ def check_dense(op: str, argument: str, given: Tensor) -> None:
         )
 
 
-def wide(op: str, *places: int) -> Callable[..., str | None]:
-    """``supports`` of a backend that takes no float64 in the flat arguments, tensors or lists, at these ``places``."""
-
-    def reason(*flat: Any) -> str | None:
-        lists = ([arg] if isinstance(arg := flat[place], Tensor) else arg for place in places)
-        if all(tensor.dtype in FORMATS for tensors in lists for tensor in tensors):
-            return None
-        return f"{op} in float64 is PyTorch's"
-
-    return reason
-
-
 def _dtype(gradients: Sequence[Tensor]) -> torch.dtype:
     double = any(gradient.dtype == torch.float64 for gradient in gradients)
     return torch.float64 if double else torch.float32
@@ -90,7 +78,10 @@ def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outpu
     kernel(*inputs[:3], *outputs)
 
 
-_SUPPORTS = dict.fromkeys(("cuda", "triton", "cpu"), wide("grad_norm", 3))
+def _reason_against(*flat: Any) -> str | None:
+    return None if all(gradient.dtype in FORMATS for gradient in flat[3]) else "the norm of float64 is PyTorch's"
+
+
 _op = declare(
     "grad_norm",
     Pass(
@@ -98,7 +89,7 @@ _op = declare(
         _body,
         _outputs,
         _launch,
-        _SUPPORTS,
+        dict.fromkeys(("cuda", "triton", "cpu"), _reason_against),
     ),
     backends=("cuda", "triton", "cpu"),
 )

@@ -32,7 +32,6 @@ from erd_fast.training.tracking import open_tracker
 T = TypeVar("T")
 _AGREE_EVERY = 10
 """Steps between the moments at which ranks tell each other of a signal."""
-_NOT_FINITE = "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
 
 
 def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str, Any] | None:
@@ -102,7 +101,7 @@ class _Run:
         self.log = RunLog(folder, {"world_size": ranks.size, "local_batch": local}, writes=ranks.first)
         flops = model_flops(self.step.model)
         self.speed = Speed(flops, device, config.train.precision, ranks.size)
-        self.done = 0  # steps taken
+        self.done = self._logged = 0  # steps taken, and the last one with a log line
 
     def go(self, stop: "_StopRequest", profile: bool) -> dict[str, Any]:
         config, folder = self.config, self.folder
@@ -161,6 +160,7 @@ class _Run:
         if self.ranks.first:
             write_text(self.folder / "config.yaml", config_text(self.config))
         self.log.cut_back(self.done)
+        self._logged = self.log.last.get("step", 0)
         self.log.write({"event": "resume", "step": self.done})
         self._say(f"resuming at step {self.done}")
         return True
@@ -247,14 +247,15 @@ class _Run:
             batches.close()  # ends its reading thread
 
     def _log_line(self, bar: "tqdm[Any]") -> None:
+        self._check_taken()
         optimizer = self.step.optimizer
         loss, loss_by_t = self.step.take_totals()
+        self._logged = self.done
         skipped, scale = int(optimizer.counts[2]), float(optimizer.loss_scale)
-        if loss is None and scale > SMALLEST_SCALE:  # float16 is still looking for its scale
+        if loss is None:  # float16 is still looking for its scale
             self.log.write({"event": "skipped", "step": self.done, "loss_scale": scale})
             return
-        if loss is None or not math.isfinite(loss):
-            raise RunError(f"loss is {loss or math.nan} at step {self.done}, and nothing is saved of it. {_NOT_FINITE}")
+        self._check_finite(loss=loss)
         line: dict[str, Any] = {"step": self.done, "images": self.done * self.config.train.batch_size, "loss": loss}
         line |= {"grad_norm": float(optimizer.grad_norm), "loss_by_t": loss_by_t, "skipped": skipped}
         if self.config.train.precision == "fp16":
@@ -269,6 +270,21 @@ class _Run:
             total = self.config.train.steps
             eta = f"{left // 60:.0f}:{left % 60:02.0f}"
             self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left")
+
+    def _check_taken(self) -> None:
+        """One batch may have gradients that are not finite, and is skipped; a run that goes on so is lost, unless
+        float16 still has room to lower its scale."""
+        optimizer, steps = self.step.optimizer, self.done - self._logged
+        if float(optimizer.loss_scale) <= SMALLEST_SCALE and 2 * int(self.step.totals["steps"]) <= steps:
+            self._check_finite(grad_norm=float(optimizer.grad_norm))
+
+    def _check_finite(self, **values: float) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"{name} is {value} at step {self.done}, and nothing is saved of it. "
+                    "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
+                )
 
     def _preview(self) -> None:
         if self.ranks.first and can_preview(self.store):
@@ -290,11 +306,9 @@ class _Run:
         tqdm.write(f"step {self.done}  {text}")
 
     def _save(self) -> None:
+        self._check_taken()
         largest = max(float(self.step.optimizer.master(p).abs().max()) for p in self.step.model.parameters())
-        if not math.isfinite(largest):
-            raise RunError(
-                f"largest_parameter is {largest} at step {self.done}, and nothing is saved of it. {_NOT_FINITE}"
-            )
+        self._check_finite(largest_parameter=largest)
         arguments, manifest = model_arguments(self.config, self.store), self.store.manifest
         state = CheckpointState(
             step=self.done,

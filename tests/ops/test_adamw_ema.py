@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import OPS, adamw_ema, grad_norm, use_backend
 from erd_fast.ops.adamw_ema import COLUMNS, Factor, Setting, StepState, advance_reference
 from erd_fast.ops.chunks import CHUNK, ChunkTable, Slot
@@ -201,3 +202,12 @@ def test_averages_that_do_not_fit_are_refused():
         ValueError, match=r"adamw_ema: slots: given \[0, 1\] averages, allowed 0 to 4, as many for each"
     ):
         made.step()
+
+
+def test_compiled_backends_take_masters_and_not_copies():
+    made = problem(gradient=torch.bfloat16)
+    low = [slot._replace(parameter=slot.parameter.bfloat16()) for slot in made.slots]
+    table = ChunkTable(DEVICE)
+    table.update(low)
+    with use_backend(adamw_ema="cpu"), pytest.raises(BackendUnavailableError, match="are not all float32"):
+        adamw_ema(low, table, made.settings, torch.tensor(1.0), made.state)

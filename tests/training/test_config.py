@@ -29,7 +29,10 @@ def _load(folder: Path, text: str, base: RunConfig | None = None) -> RunConfig:
         ("train.label_drop", -0.1, "0 to 1"),
         ("train.label_drop", 1.1, "0 to 1"),
         ("train.label_drop", float("nan"), "0 to 1"),
-        ("train.precision", "fp8", "fp32, bf16"),
+        ("train.precision", "fp8", "fp32, tf32, bf16, fp16"),
+        ("train.reduce_dtype", "fp16", "fp32, bf16"),
+        ("train.cuda_graph", "yes", "on, off"),
+        ("train.track", "mlflow", "none, tensorboard, wandb"),
         ("train.log_every", 0, "1 or more"),
         ("train.save_every", -1, "0 or more"),
         ("train.keep_checkpoints", -1, "0 or more"),
@@ -177,8 +180,8 @@ def test_yaml_replaces_the_fields_it_names_alone(tmp_path, tiny):
         ("train: {deterministic: 1}", r"train.deterministic: given 1, allowed a value of type bool"),
         ("train: {label_drop: much}", r"train.label_drop: given 'much', allowed a value of type float"),
         ("train: {label_drop: true}", r"train.label_drop: given True, allowed a value of type float"),
-        ("train: {precision: 16}", r"train.precision: .*allowed: fp32, bf16"),
-        ("train: {precision: [fp32]}", r"train.precision: .*allowed: fp32, bf16"),
+        ("train: {precision: 16}", r"train.precision: .*allowed: fp32, tf32, bf16, fp16"),
+        ("train: {precision: [fp32]}", r"train.precision: .*allowed: fp32, tf32, bf16, fp16"),
         ("train: {steps: 0}", r"train.steps: given 0, allowed 1 or more"),
         ("data: {path: 3}", r"data.path: given 3, allowed a value of type str"),
         ("model: {depth: two}", r"model.depth: given 'two', allowed a value of type int"),
@@ -213,6 +216,9 @@ OTHER = {
     "train.save_every": 2,
     "train.keep_checkpoints": 3,
     "train.sample_every": 2,
+    "train.reduce_dtype": "bf16",
+    "train.cuda_graph": "off",
+    "train.track": "wandb",
     "data.path": "elsewhere",
     "data.loader": "mmap",
     "model.name": "DiT-tiny/4",
@@ -248,13 +254,16 @@ OTHER = {
     "eval.cfg_scale": 2.0,
 }
 FREE = {"train.steps", "train.micro_batch", "data.path", "data.loader", "eval.every"}
+FREE |= {"train.cuda_graph", "train.track"}
 FREE |= {"model.kernels", "model.recompute", "train.log_every", "train.save_every", "train.sample_every"}
 
 
 @pytest.mark.parametrize("written", ["on", "off"])
 def test_on_and_off_are_words_though_yaml_has_them_for_booleans(tmp_path, written):
-    config = _load(tmp_path, f"model:\n  kernels: {written}\n  recompute: {written}\n")
-    assert (config.model.kernels, config.model.recompute) == (written, written)
+    config = _load(
+        tmp_path, f"model:\n  kernels: {written}\n  recompute: {written}\ntrain: {{cuda_graph: {written}}}\n"
+    )
+    assert (config.model.kernels, config.model.recompute, config.train.cuda_graph) == (written,) * 3
     assert _load(tmp_path, config_text(config)) == config
 
 

@@ -142,12 +142,30 @@ def test_a_run_on_latents_samples_latents_as_they_are_stored(tmp_path, tiny):
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, tiny):
     config = tiny(train={"steps": 40, "save_every": 1, "keep_checkpoints": 0, "log_every": 100}, optim={"lr": 1e18})
     with pytest.raises(
-        RunError, match=r"(loss|largest_parameter) is (nan|inf) at step (\d+), .*lower optim.lr"
+        RunError, match=r"(grad_norm|largest_parameter) is (nan|inf) at step (\d+), .*lower optim.lr"
     ) as ended:
         train(config, tmp_path / "run")
     step = int(str(ended.value).split(" at step ")[1].split(",")[0])
     assert step < 40  # found when it should have been saved; the next log line would be that of step 40
     assert checkpoints(tmp_path / "run") == list(range(1, step))
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, tiny, monkeypatch):
+    def spoil(number: int) -> None:
+        backward = torch.autograd.backward
+        calls = []
+
+        def spoiled(tensor, gradient):
+            calls.append(None)
+            backward(tensor, gradient * math.nan if len(calls) == number else gradient)
+
+        monkeypatch.setattr(torch.autograd, "backward", spoiled)
+
+    spoil(number=5)  # the first is the rehearsal
+    train(tiny(train={"steps": 8, "log_every": 4}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "loss" in line] == [1, 1]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
 def test_previews_come_at_their_steps_and_at_the_end(tmp_path, tiny):
