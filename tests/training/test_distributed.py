@@ -1,5 +1,6 @@
 """Ranks: torchrun with gloo on the CPU. The number of processes changes the speed and nothing else."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,11 +15,11 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from erd_fast.data import LatentStore, open_reader
+from erd_fast.data import LatentStore, open_reader, write_store
 from erd_fast.errors import ConfigError
 from erd_fast.training.build import build_step
 from erd_fast.training.config import RunConfig, TrainConfig
-from erd_fast.training.distributed import Ranks, check_equal, check_shares, process_group
+from erd_fast.training.distributed import Ranks, check_shares, process_group
 from erd_fast.training.loop import train
 from run_folders import events
 
@@ -153,25 +154,22 @@ def test_shares_that_do_not_divide_are_refused():
         check_shares(_config(micro_batch=6), Ranks(0, 3))
 
 
-class _Second(Ranks):
-    """Rank 1 of 2 whose first rank was given other facts."""
-
-    def __init__(self, first: dict):
-        super().__init__(1, 2)
-        self._first = first
-
-    def from_first(self, call):
-        return self._first
-
-    def together(self, call):
-        return call()
+def _train_with_a_seed_of_its_own(config: RunConfig, folder: Path) -> None:
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=int(os.environ["RANK"]))), folder)
 
 
-def test_differing_configurations_are_named():
-    second = _Second({"configuration": {"train.seed": 0, "out": "a"}})
-    with pytest.raises(ConfigError, match=r"train.seed: given 1, and 0 on rank 0: all ranks need the same configur"):
-        check_equal(second, configuration={"train.seed": 1, "out": "a"})
-    check_equal(second, configuration={"train.seed": 0, "out": "a"})
+def test_differing_configurations_are_named_and_nothing_is_written(tmp_path, tiny):
+    with pytest.raises(AssertionError, match=r"train.seed: given 1, and 0 on rank 0: all ranks need the same configur"):
+        run_ranks(2, _train_with_a_seed_of_its_own, tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_samples_are_refused(tmp_path, tiny):
+    latents = [(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())]
+    store = write_store(tmp_path / "store", latents, kind="sample", num_classes=0)
+    config = tiny(data={"path": str(store.path)}, eval={"cfg_scale": 1.0})
+    with pytest.raises(AssertionError, match=r"nproc-per-node: given 2 ranks, allowed up to 1, one a sample"):
+        run_ranks(2, train, config, tmp_path / "run")
 
 
 def _wait(ready) -> None:
