@@ -4,14 +4,15 @@
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make soak    what takes longer than a test may: runs with kernels and without learn alike
-# make bench   measure the ops on this machine: bench/results/<machine>/*.json, then the tables of the documents
-# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops or
-#              attention is one
+# make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
+# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops,
+#              attention or step is one
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention wheel wheel-check clean
+.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention gpu-step wheel \
+    wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
@@ -56,6 +57,7 @@ fixtures: setup
 bench: dev
 	$(BIN)/python bench/run.py ops
 	$(BIN)/python bench/run.py attention
+	$(BIN)/python bench/run.py step
 	$(BIN)/python bench/tables.py
 
 gpu: $(addprefix gpu-,$(or $(PART),tests ops))
@@ -65,7 +67,7 @@ gpu-install:
 	    { echo "make gpu: $(PYTHON) has no torch that sees a CUDA device"; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
-gpu-tests gpu-ops gpu-attention: gpu-%: gpu-install
+gpu-tests gpu-ops gpu-attention gpu-step: gpu-%: gpu-install
 	$(PYTHON) bench/run.py $*
 
 wheel: dev

@@ -1,4 +1,4 @@
-"""Measure or test on this machine: ``python bench/run.py ops|attention|tests``, as ``make bench`` and ``make gpu`` do.
+"""Measure or test on this machine, as make does: ``python bench/run.py ops|attention|step|tests``.
 
 Results go to ``bench/results/<machine>/<part>.json``, and a short table comes last.
 """
@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from erd_fast.benchmark import step_report
 from erd_fast.benchmark.ops import bench
-from erd_fast.benchmark.records import Record, machine, machine_name, table, write_records
+from erd_fast.benchmark.records import Record, collect, machine, machine_name, table
+from erd_fast.benchmark.step import bench_step
 from erd_fast.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = ("tests/ops", "tests/csrc", "tests/kernels", "tests/models/test_gpu.py")  # what has code of a GPU to run
+TESTED = ("tests/ops", "tests/csrc", "tests/kernels", "tests/models/test_gpu.py", "tests/benchmark/test_gpu.py")
+"""What has code of a GPU to run."""
 GPU_SECONDS = 400.0  # after which `make gpu PART=ops` begins no further case; the longest one takes a minute or two
+STEP_SECONDS = 390.0  # after which PART=step begins no further variant of a case
 COUNTED = ("passed", "failed", "skipped")
 
 
@@ -34,13 +38,14 @@ def attention(file: Path) -> int:
     return _measured(file, bench("attention", limit=GPU_SECONDS if torch.cuda.is_available() else None))
 
 
-def _measured(file: Path, measuring: Iterable[Record]) -> int:
-    """Written as they come: what is stopped half-way keeps what it has."""
-    facts, records = machine(), []
-    for record in measuring:
-        records.append(record)
-        write_records(file, records, facts)
-    print(table(records))
+def step(file: Path) -> int:
+    """`erd-fast bench step`."""
+    measuring = bench_step(limit=STEP_SECONDS if torch.cuda.is_available() else None)
+    return _measured(file, measuring, step_report.table)
+
+
+def _measured(file: Path, measuring: Iterable[Record], written: Callable[[list[Record]], str] = table) -> int:
+    print(written(collect(measuring, file)))
     return 0
 
 
@@ -79,7 +84,7 @@ class Outcomes:
             self.failed.append(report.nodeid)
 
 
-PARTS: dict[str, Callable[[Path], int]] = {"ops": ops, "attention": attention, "tests": tests}
+PARTS: dict[str, Callable[[Path], int]] = {"ops": ops, "attention": attention, "step": step, "tests": tests}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/ from bench/results/: ``python bench/tables.py``, which ``make bench`` does.
 
 A table stands between ``<!-- table: GROUP -->`` and ``<!-- end -->``, for each machine that measured the group;
-``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART. ``<!-- table: models -->`` is that of the
+``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART. ``<!-- table: step -->`` has images a
+second, of ours and the baselines, of every model whose step was measured. ``<!-- table: models -->`` is that of the
 models' sizes, which are counted and not measured.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from erd_fast.benchmark.step_baselines import RECIPES
+from erd_fast.benchmark.step_ours import OURS
 from erd_fast.models import MODELS, create_model, model_flops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +51,8 @@ def render(text: str, results: Results) -> str:
         if group == "models":
             return begin + _models() + end
         wanted = re.compile(rf"{re.escape(part)}(?!\d)" if part else "")  # N=8 is not N=8192
-        tables = [_table(path, content, group, wanted) for path, content in results.items()]
+        table = _steps if group == "step" else _step if group.startswith("step/") else _table
+        tables = [table(path, content, group, wanted) for path, content in results.items()]
         return begin + ("\n".join(filter(None, tables)) or "Not measured.\n") + end
 
     return REGION.sub(region, text)
@@ -87,6 +91,68 @@ def _rate(name: str, record: dict[str, Any], eager: dict[str, Any] | None, copy:
     if name == "of copy":
         value = None if value is None or not copy else value / copy
     return "" if value is None else write(value)
+
+
+STEP_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "images/s": lambda record: _short(record["images_per_sec"]),
+    "time": lambda record: _time(record),
+    "N": lambda record: str(record.get("batch", "")),
+    "TFLOP/s": lambda record: _short(record["tflops"]),
+    "MFU": lambda record: _share(record.get("mfu")),
+    "of matmul": lambda record: _share(record.get("of_matmul")),
+    "loss off": lambda record: f"{record['loss_off']:.1e}",
+    "gradient off": lambda record: f"{record['gradient_off']:.1e}",
+    "GiB": lambda record: f"{record['peak_bytes'] / 2**30:.3g}" if "peak_bytes" in record else "",
+}
+"""Columns of a step's table, a row for each variant, beside its name and how many times ours is faster."""
+
+
+def _step(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]) -> str:
+    """One machine's tables of one model's step, one for each case."""
+    records = [r for r in content["records"] if r["group"] == group and part.search(r["case"])]
+    matmul = next((r["tflops"] for r in content["records"] if r["case"] == "matmul"), None)
+    tables = []
+    for case in dict.fromkeys(record["case"] for record in records):
+        rows = {record["variant"]: dict(record) for record in records if record["case"] == case}
+        for row in rows.values():
+            row |= {"of_matmul": row["tflops"] / matmul} if matmul else {}
+        cells = {head: [write(row) for row in rows.values()] for head, write in STEP_COLUMNS.items()}
+        cells = {head: column for head, column in cells.items() if any(column)}
+        times = [_times(rows.get(OURS), row) for row in rows.values()]
+        head = ["variant", f"x {OURS}", *cells]
+        lines = [f"{case} on {_caption(path, content['machine'])}", "", _row(head)]
+        lines += [_row(["---", *["--:"] * (len(head) - 1)])]
+        lines += [_row([*line]) for line in zip(rows, times, *cells.values(), strict=True)]
+        if OURS in rows:
+            lines += ["", f"`{OURS}` ran on `{rows[OURS]['backend']}`."]
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _steps(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]) -> str:
+    """One machine's images a second of ours and of the baselines, a row for each case of a step."""
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in content["records"]:
+        if record["group"].startswith("step/"):
+            cases.setdefault((record["group"], record["case"]), {})[record["variant"]] = record
+    names = [name for name in (*RECIPES, "apex") if any(name in rows for rows in cases.values())]
+    if not cases:
+        return ""
+    head = ["model", "batch", *names, OURS, "x the fastest baseline"]
+    lines = [_caption(path, content["machine"]), "", _row(head), _row(["---", "---", *["--:"] * (len(head) - 2)])]
+    for (model, case), rows in cases.items():
+        rates = [_short(rows[name]["images_per_sec"]) if name in rows else "" for name in (*names, OURS)]
+        fastest = max((rows[name] for name in names if name in rows), key=lambda r: r["images_per_sec"], default=None)
+        lines.append(_row([model.removeprefix("step/"), case, *rates, _times(rows.get(OURS), fastest)]))
+    return "\n".join(lines) + "\n"
+
+
+def _times(ours: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    return f"{ours['images_per_sec'] / other['images_per_sec']:.2f}" if ours and other else ""
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _models() -> str:

@@ -183,26 +183,23 @@ class Bench:
     ops: each op on each backend that is here, the ops of a step together, blocks and whole models. A backend is checked
     before it is timed; all variants of a case are timed in turn (2 CPU cores: 5 to 7 minutes).
     attention: PyTorch's, flash-attn's where they are installed, and ours, on the sequences of the models.
+    step: whole training steps beside those that people write, and ours with pieces switched off (2 CPU cores: 3 to 7
+    minutes).
     """
 
-    what: tyro.conf.Positional[Literal["ops", "attention"]]
+    what: tyro.conf.Positional[Literal["ops", "attention", "step"]]
     """What to measure."""
     filter: str = ""
     """Only cases whose name contains this: N=64, "q_sample drawn", model/DiT-S/2; without it the usual ones."""
     json: Path | None = None
-    """File for the results with the machine they were measured on."""
-    seconds: float = 0.3
-    """Time for each variant of each case."""
+    """File for the results with the machine they were measured on; of step there is a picture beside it."""
+    seconds: float | None = None
+    """Time for each variant of each case: 0.3 of ops and attention, 5 of step."""
 
     def __call__(self) -> None:
-        from erd_fast.benchmark.ops import bench
-        from erd_fast.benchmark.records import table, write_records
+        from erd_fast.benchmark.command import measure
 
-        records = list(bench(self.what, self.filter, self.seconds))
-        print(table(records))
-        if self.json is not None:
-            write_records(self.json, records)
-            print(f"wrote {self.json}")
+        measure(self.what, self.filter, self.seconds, self.json)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from erd_fast.ops.layout import to_patches
 
 MODEL_NAMES = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "U-ViT-H/2")
 _COPIES = 2
-_CHUNK = 8  # images of which float32 keeps all activations of the largest model
+CHUNK = 8  # images of which float32 keeps all activations of the largest model
 _ROUNDED = 40  # tensors of a block, forward and backward, that are rounded to the dtype of matrix products
 
 
@@ -106,7 +106,7 @@ class _Step:
         """Plain PyTorch in float32, a few images at a time."""
         self.model.kernels = False
         size = len(self.t_index)
-        parts = [slice(begin, begin + _CHUNK) for begin in range(0, size, _CHUNK)]
+        parts = [slice(begin, begin + CHUNK) for begin in range(0, size, CHUNK)]
         sums: Tensors = ()
         for part in parts:
             with torch.autocast(self.device.type, enabled=False):
@@ -127,15 +127,19 @@ class _Step:
 
 
 def _model(case: ModelCase, device: torch.device) -> DiffusionModel:
-    """With drawn numbers throughout, in what begins as zero too, as the ends of DiT's branches do: most gradients would
-    be zero otherwise."""
     overrides: dict[str, Any] = {"depth": 2 if case.model.startswith("U-ViT") else 1} if case.block else {}
-    model = create_model(case.model, device="meta", **overrides).to_empty(device=device)
+    return random_model(case.model, device, **overrides)
+
+
+def random_model(name: str, device: torch.device, **how: Any) -> DiffusionModel:
+    """With drawn numbers throughout, in what begins as zero too, as the ends of DiT's branches do: most gradients would
+    be zero otherwise. ``how``: arguments of :func:`create_model`."""
+    model = create_model(name, device="meta", **how).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for part, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.normal_(std=0.02, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in part and part.endswith("weight"):
                 tensor += 1
     return model
 
@@ -144,11 +148,11 @@ def _workload(case: ModelCase, device: torch.device) -> Workload:
     step = _Step(case, device)
     blocks = sum(name.endswith("attn") for name, _ in step.model.named_modules())
     longest = max(parameter[0].numel() for parameter in step.parameters)
-    off = _relative(torch.bfloat16 if step.on_gpu else torch.float32, blocks, longest)
+    off = relative(torch.bfloat16 if step.on_gpu else torch.float32, blocks, longest)
 
     def compare(found: Tensors, expected: Tensors, ours: bool) -> Iterator[Deviation]:
         for name, value, wanted in zip(["loss", *step.names], found, expected, strict=True):
-            yield Deviation(name, _distance(value, wanted), off)
+            yield Deviation(name, distance(value, wanted), off)
 
     return Workload(
         _COPIES,
@@ -161,14 +165,14 @@ def _workload(case: ModelCase, device: torch.device) -> Workload:
     )
 
 
-def _relative(dtype: torch.dtype, blocks: int, terms: int) -> float:
+def relative(dtype: torch.dtype, blocks: int, terms: int) -> float:
     """By norm: rounding a tensor puts it off by half an eps at most, and float32 sums of n terms by sqrt(n) of theirs.
     What is independent adds up in squares, over the blocks and over what stands before and after them."""
     one = torch.finfo(dtype).eps / 2 + math.sqrt(terms) * EPS / 2
     return one * math.sqrt(_ROUNDED * (blocks + 1))
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf

@@ -24,7 +24,7 @@ SIZES = (8, 64, 256, 1024, 8192)
 MODES = {"draw": ("",), "q_sample": ("drawn", "given"), "diffusion_loss": ("",), "step": ("",)}
 """Kinds of cases of each op; ``step`` is all three, q_sample drawing its noise and diffusion_loss with its gradient."""
 
-_SCALE = 0.18215
+SCALE = 0.18215
 _TIMESTEPS = 1000
 _LABEL_DROP = 0.1
 _IMAGENET = 1_281_167
@@ -118,10 +118,10 @@ def _draw(case: OpCase, device: torch.device) -> Workload:
     return Workload(copies, ours, baseline, compare, as_ours=None, bytes_moved=bytes_moved)
 
 
-def _noised(moments: Tensor, posterior: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, dtype: Any) -> Tensors:
+def noised(moments: Tensor, posterior: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, dtype: Any) -> Tensors:
     """x_t and the target v from stored (mean, std); alpha and sigma by image."""
     mean, std = moments.chunk(2, dim=1)
-    x0 = (mean.float() + std.float() * posterior) * _SCALE
+    x0 = (mean.float() + std.float() * posterior) * SCALE
     alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
     return (alpha * x0 + sigma * eps).to(dtype), alpha * eps - sigma * x0
 
@@ -138,7 +138,7 @@ def _q_sample(case: OpCase, device: torch.device) -> Workload:
     moments = torch.rand(copies, size, 8, *SHAPE[1:], generator=generator, device=device, dtype=torch.float16)
     noise = torch.randn(2, copies, size, *SHAPE, generator=generator, device=device) if given else None
     t = torch.randint(_TIMESTEPS, (size,), generator=generator, device=device)
-    scale, ids = torch.full((4,), _SCALE, device=device), torch.arange(size, device=device)
+    scale, ids = torch.full((4,), SCALE, device=device), torch.arange(size, device=device)
     how: dict[str, Any] = {"kind": "mean_std", "scale": scale, "ids": ids, "dtype": dtype, "patch": patch}
 
     def ours(copy: int) -> Tensors:
@@ -147,10 +147,10 @@ def _q_sample(case: OpCase, device: torch.device) -> Workload:
 
     def drawing(latents: Tensor, t: Tensor) -> Tensors:
         posterior, eps = torch.randn(size, *SHAPE, device=device), torch.randn(size, *SHAPE, device=device)
-        return _noised(latents, posterior, eps, alpha[t], sigma[t], dtype)
+        return noised(latents, posterior, eps, alpha[t], sigma[t], dtype)
 
     def chain(latents: Tensor, t: Tensor, posterior: Tensor, eps: Tensor) -> Tensors:
-        return _noised(latents, posterior, eps, alpha[t], sigma[t], dtype)
+        return noised(latents, posterior, eps, alpha[t], sigma[t], dtype)
 
     def baseline(wrap: Wrap) -> Callable[[int], Tensors]:
         if noise is None:
@@ -166,7 +166,7 @@ def _q_sample(case: OpCase, device: torch.device) -> Workload:
     return Workload(copies, ours, baseline, compare, as_ours=layout, bytes_moved=bytes_moved)
 
 
-def _weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor, t: Tensor) -> Tensor:
     error = (prediction.float() - target).square().flatten(1).mean(1)
     return (weight[t] * error).mean()
 
@@ -191,7 +191,7 @@ def _diffusion_loss(case: OpCase, device: torch.device) -> Workload:
         return result.loss, result.dprediction
 
     def baseline(wrap: Wrap) -> Callable[[int], Tensors]:
-        loss_of = wrap(_weighted_mse)
+        loss_of = wrap(weighted_mse)
 
         def call(copy: int) -> Tensors:
             loss = loss_of(predictions[copy], targets[copy], weight, t)
@@ -219,7 +219,7 @@ def _step(case: OpCase, device: torch.device) -> Workload:
     tokens = [to_patches(image, patch).contiguous() for image in images]
     predictions = [image.clone().requires_grad_() for image in images]
     counters = [torch.tensor(1000 + size * copy, device=device) for copy in range(copies)]
-    scale = torch.full((4,), _SCALE, device=device)
+    scale = torch.full((4,), SCALE, device=device)
     if case.called:  # CUDA graphs of torch.compile would copy these into buffers of their own at each call
         for static in (store, *predictions):
             torch._dynamo.mark_static_address(static)
@@ -247,10 +247,10 @@ def _step(case: OpCase, device: torch.device) -> Workload:
         t = torch.randint(_TIMESTEPS, (size,), device=device)
         label_drop = torch.rand(size, device=device) < _LABEL_DROP
         posterior, eps = torch.randn(size, *SHAPE, device=device), torch.randn(size, *SHAPE, device=device)
-        return *_noised(moments, posterior, eps, alpha[t], sigma[t], dtype), t, label_drop
+        return *noised(moments, posterior, eps, alpha[t], sigma[t], dtype), t, label_drop
 
     def baseline(wrap: Wrap) -> Callable[[int], Tensors]:
-        noise, loss_of = wrap(noising), wrap(_weighted_mse)  # two parts: the model stands between them
+        noise, loss_of = wrap(noising), wrap(weighted_mse)  # two parts: the model stands between them
 
         def call(copy: int) -> Tensors:
             x_t, target, t, label_drop = noise()

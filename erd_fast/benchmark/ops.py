@@ -8,8 +8,8 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from erd_fast.errors import BackendUnavailableError, ConfigError, RunError
 from erd_fast.ops import OPS, choices, use_backend
 from erd_fast.training.metrics import peak_tflops
 
+SECONDS = 0.3
 _COPY_BYTES = 256 << 20  # on a CPU; four times as many on a GPU
 _MATRIX = 1024  # on a CPU; eight times as many rows on a GPU
 
@@ -35,7 +36,7 @@ def cases(what: str, device: torch.device) -> list[Case]:
     return [*op_cases(device), *block_cases(device), *model_cases(device)]
 
 
-def bench(what: str, pattern: str = "", seconds: float = 0.3, limit: float | None = None) -> Iterator[Record]:
+def bench(what: str, pattern: str = "", seconds: float = SECONDS, limit: float | None = None) -> Iterator[Record]:
     """Records of the cases of ``what`` whose ``group case`` contains ``pattern``, as they are measured; ``N=8`` is not
     ``N=8192``. Without a pattern, of the usual cases.
 
@@ -48,27 +49,44 @@ def bench(what: str, pattern: str = "", seconds: float = 0.3, limit: float | Non
     """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = _matching(pattern, cases(what, device))
-    _say("machine copy")
+    chosen = matching(pattern, cases(what, device))
+    say("machine copy")
     yield _copy(device, seconds)
     if any(case.multiplies for case in chosen):
-        _say("machine matmul")
-        yield _matmul(device, seconds)
+        say("machine matmul")
+        yield matmul(device, seconds)
     for number, case in enumerate(chosen, 1):
         name = f"[{number}/{len(chosen)}] {case.group} {case.name}"
         if limit is not None and time.perf_counter() - began > limit:
-            _say(f"{name}: left out, {limit:.0f} seconds have passed")
+            say(f"{name}: left out, {limit:.0f} seconds have passed")
             continue
-        _say(name)
+        say(name)
         yield from bench_case(case, device, seconds)
 
 
-def _matching(pattern: str, every: list[Case]) -> list[Case]:
+class Named(Protocol):
+    """What a filter chooses by."""
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def usual(self) -> bool: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
+def matching(pattern: str, every: Sequence[C]) -> list[C]:
+    """The cases whose ``group case`` contains ``pattern``, or the usual ones. Raises ConfigError if there is none."""
     found = re.compile(re.escape(pattern) + r"(?!\d)")
     chosen = [case for case in every if (found.search(f"{case.group} {case.name}") if pattern else case.usual)]
     if not chosen:
         groups = ", ".join(dict.fromkeys(case.group for case in every))
-        raise ConfigError(f"filter: given {pattern!r}, allowed part of a case's name: {groups}, N=64, drawn")
+        raise ConfigError(f"filter: given {pattern!r}, allowed part of a case's name: {groups}, {every[0].name}")
     return chosen
 
 
@@ -89,7 +107,7 @@ def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Rec
         workload = case.build(device)
         expected = truth(workload)
     except torch.OutOfMemoryError as error:
-        _leave_out(f"{case.group} {case.name}", error)
+        leave_out(f"{case.group} {case.name}", error)
         return
     prepared: dict[Variant, _Prepared] = {}
     for variant in variants_of(case, device):
@@ -99,15 +117,16 @@ def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Rec
             others = any(variant.backend in OPS[op].libraries for op in case.ops)
             if variant.ours and not others and not isinstance(error, (torch.OutOfMemoryError, BackendUnavailableError)):
                 raise
-            _leave_out(str(variant), error)
+            leave_out(str(variant), error)
     del expected
     timings = interleaved([found.sampler for found in prepared.values()], seconds) if prepared else []
     for (variant, found), timing in zip(prepared.items(), timings, strict=True):
         yield _record(case, variant.name, found, timing, workload, device)
 
 
-def _leave_out(what: str, error: Exception) -> None:
-    _say(f"  {what} does not run here and is left out: {error}")
+def leave_out(what: str, error: Exception) -> None:
+    """Say so."""
+    say(f"  {what} does not run here and is left out: {error}")
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
 
@@ -136,11 +155,15 @@ def check(case: Case, workload: Workload, variant: Variant, found: Tensors, expe
             return []
         found = workload.as_ours(found)
     deviations = list(workload.compare(found, expected, variant.ours))
+    refuse_off(f"{case.group} {case.name}, {variant}", deviations)
+    return deviations
+
+
+def refuse_off(where: str, deviations: Iterable[Deviation]) -> None:
+    """Raise RunError for the first result that is off by more than it may be."""
     for what, error, allowed in deviations:
         if not error <= allowed:
-            where = f"{case.group} {case.name}, {variant}"
             raise RunError(f"bench: {where}: {what} is {error:.3g} off, allowed {allowed:.3g}")
-    return deviations
 
 
 def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors, device: torch.device) -> _Prepared:
@@ -150,7 +173,7 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
             OPS[op].used = None
         with choices.probing() if variant.ours and not variant.backend else contextlib.nullcontext():
             deviations = check(case, workload, variant, call(0), expected)
-        ran = variant.backend or (_ran(case.ops) if variant.ours else "")
+        ran = variant.backend or (backends_used(case.ops) if variant.ours else "")
         peak_bytes = _peak_bytes(lambda: call(0)) if device.type == "cuda" else None
         calls = [functools.partial(call, copy) for copy in range(workload.copies)]
         sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
@@ -162,7 +185,7 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
     return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes, [deviation.error for deviation in deviations])
 
 
-def _ran(ops: tuple[str, ...]) -> str:
+def backends_used(ops: tuple[str, ...]) -> str:
     """Which backends ran, in the form that ``use_backend`` takes: ``triton,attention=cudnn``."""
     used = {op: OPS[op].used for op in ops if OPS[op].used}
     if not used:
@@ -191,18 +214,19 @@ def _copy(device: torch.device, seconds: float) -> Record:
     return Record("machine", "copy", "eager", "", **dataclasses.asdict(timing), gb_per_s=rate)
 
 
-def _matmul(device: torch.device, seconds: float) -> Record:
+def matmul(device: torch.device, seconds: float) -> Record:
     """A large square product, bfloat16 on a GPU: what matrix units give, and what the FLOP/s of an op are a part of."""
     on_gpu = device.type == "cuda"
     side, dtype = _MATRIX * (8 if on_gpu else 1), torch.bfloat16 if on_gpu else torch.float32
     first, second = torch.randn(2, side, side, device=device, dtype=dtype)
     sampler = (captured if on_gpu else wall)([lambda: first @ second])
     (timing,) = interleaved([sampler], seconds, least_runs=10)
-    rates = _rates(timing, 2 * side**3, device)
+    rates = rates_of(timing, 2 * side**3, device)
     return Record("machine", "matmul", "eager", "", **dataclasses.asdict(timing), **rates)
 
 
-def _rates(timing: Timing, flops: int | None, device: torch.device) -> dict[str, Any]:
+def rates_of(timing: Timing, flops: int | None, device: torch.device) -> dict[str, Any]:
+    """``tflops``, and ``mfu`` where the GPU's peak is known."""
     if flops is None:
         return {}
     tflops = flops / timing.median_s / 1e12
@@ -221,7 +245,7 @@ def _record(
         variant,
         prepared.ran,
         **dataclasses.asdict(timing),
-        **_rates(timing, workload.flops, device),
+        **rates_of(timing, workload.flops, device),
         **off,
         gb_per_s=None if moved is None else moved / timing.median_s / 1e9,
         images_per_sec=None if images is None else images / timing.median_s,
@@ -229,5 +253,6 @@ def _record(
     )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout is for the table."""
     print(line, file=sys.stderr, flush=True)

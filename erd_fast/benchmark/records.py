@@ -45,6 +45,8 @@ class Record:
     peak_bytes: int | None = None
     """Most memory of the GPU that a call takes beside what was there before: inputs, parameters, and for a backward
     pass alone what its forward pass kept."""
+    batch: int | None = None
+    """Images of a step, where every variant takes as many as it can."""
 
 
 def machine() -> dict[str, Any]:
@@ -73,6 +75,16 @@ def write_records(path: Path, records: Iterable[Record], facts: dict[str, Any] |
     write_json(path, {"machine": facts or machine(), "records": given})
 
 
+def collect(measuring: Iterable[Record], file: Path | None) -> list[Record]:
+    """All of them, written to ``file`` as they come: what is stopped half-way keeps what it has."""
+    facts, found = machine(), []
+    for record in measuring:
+        found.append(record)
+        if file is not None:
+            write_records(file, found, facts)
+    return found
+
+
 def machine_name() -> str:
     """Name of this machine as a folder has it: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-2-threads``."""
     threads = f"{torch.get_num_threads()} threads"
@@ -96,8 +108,7 @@ def table(records: Iterable[Record]) -> str:
         rest = ["" if getattr(record, name) is None else _MORE[name][1](getattr(record, name)) for name in more]
         names = [record.group, record.case, record.variant, record.backend]
         lines.append([*names, *times, rate, part, *rest, f"{base / record.median_s:.2f}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(_justified(line, widths)).rstrip() for line in lines)
+    return aligned(lines, names=4)
 
 
 _MORE: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -110,10 +121,14 @@ _MORE: dict[str, tuple[str, Callable[[float], str]]] = {
 """Columns that some records have: head, and how a value is written."""
 
 
-def _justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    pairs = enumerate(zip(line, widths, strict=True))
-    return [cell.ljust(width) if place < 4 else cell.rjust(width) for place, (cell, width) in pairs]
+def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
+    """Lines of a table, head first: the first ``names`` columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def cell(place: int, text: str) -> str:
+        return text.ljust(widths[place]) if place < names else text.rjust(widths[place])
+
+    return "\n".join("  ".join(cell(*pair) for pair in enumerate(line)).rstrip() for line in lines)
 
 
 def _cpu_name() -> str:

@@ -69,8 +69,8 @@ def _timing(samples: Sequence[float]) -> Timing:
     return Timing(median, high - low, len(samples))
 
 
-def wall(calls: Sequence[Call]) -> Sampler:
-    """What a loop in Python sees: calls in a row for about two milliseconds, or one that takes longer; a GPU's queue is
+def wall(calls: Sequence[Call], seconds: float = _SAMPLE_SECONDS) -> Sampler:
+    """What a loop in Python sees: calls in a row for about ``seconds``, or one that takes longer; a GPU's queue is
     empty at the start and at the end."""
     turn = itertools.cycle(calls)
 
@@ -81,7 +81,7 @@ def wall(calls: Sequence[Call]) -> Sampler:
         return (clock() - began) / count
 
     once = sample(1)
-    count = max(1, round(_SAMPLE_SECONDS / once))
+    count = max(1, round(seconds / once))
     return Sampler(lambda: sample(count), count * once)
 
 

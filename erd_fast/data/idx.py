@@ -20,7 +20,6 @@ from typing import IO, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erd_fast.data.store import LatentStore, write_store
 from erd_fast.errors import DataError
@@ -90,6 +89,8 @@ def _batches(file: Path, classes: Tensor, labels: Path) -> Iterator[tuple[Tensor
             raise DataError(f"{file} has {count} images and {labels.name} {len(classes)} labels; allowed equally many")
         if height * width == 0:
             raise DataError(f"{file}: given images of {height} x {width} pixels, allowed at least 1 x 1")
+        from tqdm import tqdm  # `make gpu` opens stores where it is not installed
+
         print(f"importing {count} images of {file.parent}", flush=True)
         with tqdm(total=count, desc="importing", unit="image", disable=not sys.stderr.isatty()) as bar:
             batch = max(1, _PIECE // (height * width))

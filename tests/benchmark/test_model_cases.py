@@ -68,7 +68,7 @@ def test_backends_that_ran_are_named_in_the_form_that_use_backend_takes(monkeypa
     used = {"ada_layer_norm": "triton", "residual_ada_layer_norm": "triton", "linear_gelu": "cuda", "draw": None}
     for op, backend in used.items():
         monkeypatch.setattr(OPS[op], "used", backend)
-    assert bench._ran(tuple(used)) == "triton,linear_gelu=cuda" and bench._ran(("draw",)) == ""
+    assert bench.backends_used(tuple(used)) == "triton,linear_gelu=cuda" and bench.backends_used(("draw",)) == ""
 
 
 def test_a_cpu_measures_the_smallest_model_and_a_gpu_all():

@@ -101,6 +101,51 @@ def test_models_have_columns_of_their_own_numbers(tables):
     assert lines[5:7] == ["| copy | 1 ms (0.01) | 2000 | 100% |  |", "| matmul | 1 ms (0.01) |  |  | 700 |"]
 
 
+def step_record(case: str, variant: str, rate: float, **more: float) -> dict[str, object]:
+    made = record("step/DiT-X/2", case, variant, "triton" if variant == "erd-fast" else "", 8.0 / rate, 0.0)
+    del made["gb_per_s"]
+    return {**made, "images_per_sec": rate, "tflops": rate / 2, "loss_off": 1e-4, "gradient_off": 2e-3, **more}
+
+
+STEPS = [
+    {**record("machine", "matmul", "eager", "", 1e-3, 0.0), "tflops": 200.0},
+    step_record("N=8", "erd-fast", 200.0, mfu=0.25, peak_bytes=3 << 30),
+    step_record("N=8", "official", 50.0, mfu=0.0625, peak_bytes=6 << 30),
+    step_record("N=8", "compile", 160.0),
+    step_record("N=8", "no-kernels", 100.0),
+    step_record("largest batch", "erd-fast", 400.0, batch=64),
+    step_record("largest batch", "official", 100.0, batch=16),
+]
+
+
+def test_a_step_has_a_row_for_each_variant(tables):
+    results = {"gpu-x/step.json": {"machine": MACHINE, "records": STEPS}}
+    written = tables.render("<!-- table: step/DiT-X/2 -->\n<!-- end -->", results)
+    assert written.count("**GPU X**") == 2 and written.count("`erd-fast` ran on `triton`.") == 2
+    _, _, _, head, _, ours, official, compiled, *_ = written.splitlines()
+    columns = "| variant | x erd-fast | images/s | time | TFLOP/s | MFU | of matmul | loss off | gradient off | GiB |"
+    assert head == columns
+    assert ours == "| erd-fast | 1.00 | 200 | 40 ms (0.4) | 100 | 25.0% | 50.0% | 1.0e-04 | 2.0e-03 | 3 |"
+    assert official == "| official | 4.00 | 50 | 160 ms (1.6) | 25 | 6.2% | 12.5% | 1.0e-04 | 2.0e-03 | 6 |"
+    assert compiled == "| compile | 1.25 | 160 | 50 ms (0.5) | 80 |  | 40.0% | 1.0e-04 | 2.0e-03 |  |"
+    largest = written[written.index("largest batch") :].splitlines()
+    assert largest[2].startswith("| variant | x erd-fast | images/s | time | N |")
+    assert largest[4].startswith("| erd-fast | 1.00 | 400 | 20 ms (0.2) | 64 |")
+
+
+def test_the_readme_compares_ours_with_the_baselines_alone(tables):
+    results = {"gpu-x/ops.json": RESULTS["gpu-x/ops.json"], "gpu-x/step.json": {"machine": MACHINE, "records": STEPS}}
+    written = tables.render("<!-- table: step -->\n<!-- end -->", results)
+    assert written.splitlines()[3:7] == [
+        "| model | batch | official | compile | erd-fast | x the fastest baseline |",
+        "| --- | --- | --: | --: | --: | --: |",
+        "| DiT-X/2 | N=8 | 50 | 160 | 200 | 1.25 |",
+        "| DiT-X/2 | largest batch | 100 |  | 400 | 4.00 |",
+    ]
+    assert tables.render(written, results) == written
+    assert tables.render("<!-- table: step -->\n<!-- end -->", RESULTS).splitlines()[1] == "Not measured."
+
+
 def test_what_nobody_measured_is_said(tables):
     region = "<!-- table: ops/draw -->\nsomething typed\n<!-- end -->\n"
     assert tables.render(region, RESULTS) == "<!-- table: ops/draw -->\nNot measured.\n<!-- end -->\n"
