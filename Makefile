@@ -5,7 +5,7 @@
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make soak    what takes longer than a test may: runs with kernels and without learn alike
 # make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
-# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops; PART=tests, ops,
+# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops and step; PART=tests, ops,
 #              attention or step is one
 PYTHON ?= python3
 BIN := .venv/bin
@@ -60,7 +60,7 @@ bench: dev
 	$(BIN)/python bench/run.py step
 	$(BIN)/python bench/tables.py
 
-gpu: $(addprefix gpu-,$(or $(PART),tests ops))
+gpu: $(addprefix gpu-,$(or $(PART),tests ops step))
 
 gpu-install:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

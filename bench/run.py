@@ -21,7 +21,14 @@ from erd_fast.benchmark.step import bench_step
 from erd_fast.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = ("tests/ops", "tests/csrc", "tests/kernels", "tests/models/test_gpu.py", "tests/benchmark/test_gpu.py")
+TESTED = (
+    "tests/ops",
+    "tests/csrc",
+    "tests/kernels",
+    "tests/models/test_gpu.py",
+    "tests/training/test_gpu.py",
+    "tests/benchmark/test_gpu.py",
+)
 """What has code of a GPU to run."""
 GPU_SECONDS = 400.0  # after which `make gpu PART=ops` begins no further case; the longest one takes a minute or two
 STEP_SECONDS = 390.0  # after which PART=step begins no further variant of a case

@@ -17,6 +17,7 @@ from erd_fast.benchmark.attention import attention_cases
 from erd_fast.benchmark.block_cases import block_cases
 from erd_fast.benchmark.model_cases import model_cases
 from erd_fast.benchmark.op_cases import op_cases
+from erd_fast.benchmark.optimizer_cases import optimizer_cases
 from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.timing import Sampler, Timing, captured, interleaved, wall
 from erd_fast.benchmark.workload import Case, Deviation, Tensors, Variant, Workload, call_of, running
@@ -33,7 +34,7 @@ def cases(what: str, device: torch.device) -> list[Case]:
     """Every case that can be measured on ``device``, in the order in which they are: of ``ops`` or ``attention``."""
     if what == "attention":
         return [*attention_cases(device)]
-    return [*op_cases(device), *block_cases(device), *model_cases(device)]
+    return [*op_cases(device), *optimizer_cases(device), *block_cases(device), *model_cases(device)]
 
 
 def bench(what: str, pattern: str = "", seconds: float = SECONDS, limit: float | None = None) -> Iterator[Record]:

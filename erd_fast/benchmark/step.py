@@ -20,7 +20,7 @@ from erd_fast.benchmark.step_cases import Problem, StepCase, make_problem, step_
 from erd_fast.benchmark.step_check import Off, Trainer, check, witness
 from erd_fast.benchmark.step_ours import OURS, Ours, ablations
 from erd_fast.benchmark.timing import Sampler, Timing, interleaved, wall
-from erd_fast.errors import BackendUnavailableError
+from erd_fast.errors import BackendUnavailableError, RunError
 from erd_fast.models import model_flops
 from erd_fast.ops import OPS
 
@@ -237,6 +237,8 @@ def _begun(problem: Problem, name: str) -> tuple[Trainer, _Facts]:
     trainer = make_trainer(problem, name)
     for _ in range(_WARM_UP[problem.device.type]):
         trainer.step()
+    if isinstance(trainer, Ours) and not trainer.is_as_named:
+        raise RunError(f"bench: {name}: the step was not captured as a CUDA graph, see the warning")
     peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else None
     return trainer, _Facts(backends_used(tuple(OPS)), peak_bytes, batch, 3 * batch * model_flops(trainer.model))
 

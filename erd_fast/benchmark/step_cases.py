@@ -48,6 +48,7 @@ class StepCase:
     size: int
     largest: bool = False
     usual: bool = True
+    side: int = SHAPE[1]
 
     @property
     def group(self) -> str:
@@ -62,7 +63,8 @@ def step_cases(device: torch.device) -> list[StepCase]:
     """Every case that is measured on ``device``, what matters most first."""
     models = {name: ModelConfig(name) for name in BATCHES}
     if device.type == "cpu":
-        return [StepCase(model, _ON_CPU, usual=name == "DiT-S/2") for name, model in models.items()]
+        digits = StepCase(ModelConfig("DiT-tiny/2"), 64, side=8)  # model, batch and images of the preset digits
+        return [digits, *(StepCase(model, _ON_CPU, usual=name == "DiT-S/2") for name, model in models.items())]
     return [
         StepCase(models[name], size, largest, usual=name in USUAL)
         for largest in (False, True)
@@ -129,14 +131,14 @@ def make_problem(case: StepCase, device: torch.device) -> Problem:
         diffusion=DiffusionConfig(target="v"),
         optim=OptimConfig(ema_decay=_EMA_DECAY, grad_clip=_GRAD_CLIP),
     )
-    store, batch = _resident(device)
+    store, batch = _resident(device, case.side)
     return Problem(config, device, store, batch, make_process(config, device))
 
 
-def _resident(device: torch.device) -> tuple[LatentStore, Batch]:
+def _resident(device: torch.device, side: int) -> tuple[LatentStore, Batch]:
     """A store, of which nothing but the copy on the device is left."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.rand(_STORED, 2 * SHAPE[0], *SHAPE[1:], generator=generator).half()
+    latents = torch.rand(_STORED, 2 * SHAPE[0], side, side, generator=generator).half()
     labels = torch.randint(_CLASSES, (_STORED,), generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         path, scale = Path(folder) / "store", (SCALE,) * SHAPE[0]

@@ -76,6 +76,12 @@ class Ours:
     def step(self) -> Tensor:
         return self._graph(self._batches)
 
+    @property
+    def is_as_named(self) -> bool:
+        """False where a graph was wanted and could not be captured: after warm-up."""
+        train = self._step.config.train
+        return self._step.device.type != "cuda" or self._graph.captured == (train.cuda_graph == "on")
+
     def drawn(self) -> Draws:
         """What the last step was taken on: by the definition, unless PyTorch has drawn."""
         if self._torch_process is not None:

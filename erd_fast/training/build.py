@@ -19,7 +19,8 @@ from erd_fast.training.step import DTYPES, TrainStep
 def build_step(config: RunConfig, store: LatentStore, device: torch.device, ranks: Ranks | None = None) -> TrainStep:
     """The step of this configuration at its start; the models of all ranks are equal."""
     set_numerics(config, device)
-    model = create_model(**model_arguments(config, store), **computing(config), seed=config.train.seed).to(device)
+    how = {**model_arguments(config, store), **computing(config)}
+    model = create_model(**how, seed=config.train.seed, device=device)
     optimizer = make_optimizer(config, model)
     return TrainStep(config, model, optimizer, make_process(config, device), store, device, ranks or Ranks())
 

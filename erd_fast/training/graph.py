@@ -35,6 +35,11 @@ class StepGraph:
         self._stream = torch.cuda.Stream(step.device) if self._wanted else None
         self._pool = torch.cuda.MemPool() if self._wanted else None
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replays of a graph."""
+        return self._graph is not None
+
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Take a step on the next micro-batches. Returns the step's loss, see :class:`TrainStep`."""
         given = [next(batches) for _ in range(self._step.micro_batches)]

@@ -274,8 +274,8 @@ def test_apex_is_a_baseline_on_a_gpu_where_it_is_nvidias(monkeypatch, problem):
 
 def test_a_cpu_measures_a_small_batch_and_a_gpu_every_model_at_two():
     on_cpu, on_gpu = step_cases.step_cases(CPU), step_cases.step_cases(GPU)
-    assert [case.group for case in on_cpu if case.usual] == ["step/DiT-S/2"]
-    assert [case.name for case in on_cpu] == ["N=8"] * len(BATCHES)
+    assert [case.group for case in on_cpu if case.usual] == ["step/DiT-tiny/2", "step/DiT-S/2"]
+    assert [case.name for case in on_cpu] == ["N=64", *["N=8"] * len(BATCHES)]
     usual = [f"{case.group} {case.name}" for case in on_gpu if case.usual]
     wanted = ["DiT-XL/2 N=128", "DiT-S/2 N=256", "DiT-XL/2 largest batch", "DiT-S/2 largest batch"]
     assert usual == [f"step/{case}" for case in wanted] and len(on_gpu) == 2 * len(BATCHES)
