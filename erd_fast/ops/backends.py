@@ -7,6 +7,7 @@ or raises; only ``auto`` looks further.
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib.util
 import json
@@ -91,11 +92,22 @@ def absence(backend: str) -> tuple[str, str] | None:
 
 @functools.cache
 def _cuda_absence() -> tuple[str, str] | None:
+    facts, driver = _build_facts(), _driver_version()
+    if driver and (reason := driver_too_old(driver, facts.get("toolkit", 0))):  # PyTorch may not see the GPU then
+        return reason
     if not _gpu():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"
-    facts = _build_facts()
-    driver = driver_too_old(torch._C._cuda_getDriverVersion(), facts.get("toolkit", 0))  # type: ignore[attr-defined]
-    return driver or too_old(torch.cuda.get_device_capability(), facts["archs"])
+    return too_old(torch.cuda.get_device_capability(), facts["archs"])
+
+
+def _driver_version() -> int:
+    """As CUDA counts, 13000 is 13.0; 0 where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def too_old(capability: tuple[int, int], architectures: list[str]) -> tuple[str, str] | None:

@@ -210,7 +210,8 @@ class Op:
         named = asked_for(self.name, self.backends)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         transformed = torch._C._are_functorch_transforms_active()
-        if backend in ("reference", named) or _memory_is_short(error) or capturing or transformed:
+        half_done = bool(direction.mutates)  # what a failed launch has changed would be changed again
+        if backend in ("reference", named) or _memory_is_short(error) or capturing or transformed or half_done:
             raise error
         self._dropped.add((direction.direction, backend, form_of(inputs)))
         warnings.warn(
@@ -356,12 +357,12 @@ def declare(
 def _register(op: Op, direction: Pass) -> None:
     full = direction.schema.replace(") ->", ", str backend) ->", 1)
 
-    def run(*args: Any) -> Outputs:
-        return op.run(direction, *args)
+    def run(*args: Any) -> Outputs | None:
+        return op.run(direction, *args) or None
 
     called = f"erd_fast::{op.name}_{_SUFFIX[direction.direction]}"
     direction.registered = torch.library.custom_op(called, run, mutates_args=direction.mutates, schema=full)
-    direction.registered.register_fake(lambda *args: direction.outputs(*args[:-1]))
+    direction.registered.register_fake(lambda *args: direction.outputs(*args[:-1]) or None)
 
 
 def reference_needed(*tensors: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, Slots, capturing
 from erd_fast.ops.grad_norm import check_dense, grad_norm
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
+_PICKLED = ("counts", "_scalars", "_factors", "_settings", "_settings_given", "_decays", "_masters", "_growth_interval")
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -37,7 +38,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     A parameter in bfloat16 or float16 has a float32 master in its state, ``state[p]["master"]``, which the step
     changes; the parameter is a copy of it. A gradient in ``p.main_grad``, of any of the dtypes, goes before ``p.grad``:
-    there one may sum micro-batches of a low-precision parameter in float32.
+    there one may sum micro-batches of a low-precision parameter in float32, and begins the next sum oneself.
 
     Learning rates follow ``group["lr"]`` as torch's schedulers set it, times the warm-up and half cosine of ``warmup``
     and ``cosine_steps``, which the device works out.
@@ -57,7 +58,7 @@ class AdamWEMA(torch.optim.Optimizer):
         counts: (3,) int64 tensor: steps taken, steps since the loss scale changed, steps skipped.
 
     Raises:
-        ConfigError: ema_decay, grad_clip, warmup or cosine_steps outside its range.
+        ConfigError: a setting outside its range.
         ValueError: parameters on several devices, in integers, or with holes in their memory.
     """
 
@@ -69,30 +70,28 @@ class AdamWEMA(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        ema_decay: float | tuple[float, ...] = 0.9999,
+        ema_decay: float | Sequence[float] = 0.9999,
         grad_clip: float = 0.0,
         warmup: int = 0,
         cosine_steps: int = 0,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scale_loss: bool = False,
     ):
-        decays = ema_decay if isinstance(ema_decay, tuple) else (ema_decay,)
-        _check(decays, grad_clip, warmup, cosine_steps)
-        self._decays = len(decays)
+        self._decays = len(_decays(ema_decay))
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         defaults |= {"grad_clip": grad_clip, "warmup": warmup, "cosine_steps": cosine_steps, "start": 0}
         super().__init__(params, defaults)
         self._masters = dict(masters or {})
         self._growth_interval = GROWTH_INTERVAL if scale_loss else 0
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        device = parameters[0].device
+        parameters = self._parameters()
+        device = parameters[0].device if parameters else torch.device("cpu")
         double = any(p.dtype == torch.float64 for p in parameters)
         dtype = torch.float64 if double else torch.float32
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         scale = INITIAL_LOSS_SCALE if scale_loss else 1.0
         self._scalars = torch.tensor([scale, 0.0], dtype=dtype, device=device)
         self._table = ChunkTable(device)
-        self._key: list[tuple[int, int, torch.dtype]] = []
+        self._key: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
         self._kept: Slots | None = None
         self._settings_given: list[list[float]] = []
         self._settings = torch.zeros((0, COLUMNS), dtype=torch.float64, device=device)
@@ -117,9 +116,25 @@ class AdamWEMA(torch.optim.Optimizer):
         """As torch's; the group's warm-up and corrections of bias begin with its first step."""
         if hasattr(self, "counts"):
             param_group = {"start": int(self.counts[0]), **param_group}
+        _check_group({**self.defaults, **param_group}, self._decays)
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            _check_parameter(parameter, self.param_groups[0]["params"][0].device)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                _check_parameter(parameter, self._parameters()[0].device)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._table, self._key, self._kept = ChunkTable(self.counts.device), [], None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -197,18 +212,23 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         if _OWN not in state_dict:
             raise ConfigError(f"AdamWEMA: state_dict: given keys {sorted(state_dict)}, allowed those of an AdamWEMA")
+        averages = {sum(name.startswith("ema") for name in state) for state in state_dict["state"].values()}
+        if averages - {self._decays}:
+            raise ConfigError(f"AdamWEMA: state_dict: given {max(averages)} averages, allowed {self._decays}")
         before = {parameter: dict(state) for parameter, state in self.state.items()}
         given = {key: value for key, value in state_dict.items() if key != _OWN}
         super().load_state_dict(given)
         # torch casts a state to the dtype of its parameter, which would round masters and moments.
         numbers = [number for group in given["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
+        for number, parameter in zip(numbers, self._parameters(), strict=True):
             if number in given["state"]:
+                self._masters.pop(parameter, None)
                 kept = before.get(parameter, {})
                 self.state[parameter] = {
                     name: _into(kept.get(name), value, parameter) for name, value in given["state"][number].items()
                 }
+                if _is_low(parameter) and "master" not in self.state[parameter]:  # of an optimizer in float32
+                    self.state[parameter]["master"] = parameter.detach().float()
         self._key, self._kept = [], None
         self.counts.copy_(state_dict[_OWN]["counts"])
         self._scalars.copy_(state_dict[_OWN]["scalars"])
@@ -223,7 +243,7 @@ class AdamWEMA(torch.optim.Optimizer):
         ]
         if not found:
             return None
-        key = [(parameter.data_ptr(), gradient.data_ptr(), gradient.dtype) for parameter, _, gradient in found]
+        key = [(parameter.data_ptr(), g.data_ptr(), g.dtype, g.stride()) for parameter, _, g in found]
         if key == self._key and self._kept is not None:
             return self._kept._replace(gradients=[gradient for _, _, gradient in found])
         slots = [self._slot(*one) for one in found]
@@ -253,14 +273,14 @@ class AdamWEMA(torch.optim.Optimizer):
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = {}
         value = parameter.detach()
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        if _is_low(parameter):
             known = self._masters.pop(parameter, value)
             value = state["master"] = torch.empty_like(value, dtype=torch.float32).copy_(known)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
         return state | {_ema(index): value.clone() for index in range(self._decays)}
 
     def _setting(self, group: dict[str, Any]) -> list[float]:
-        decays = group["ema_decay"] if isinstance(group["ema_decay"], tuple) else (group["ema_decay"],)
+        decays = _decays(group["ema_decay"])
         named = {
             Setting.LR: group["lr"],
             Setting.BETA1: group["betas"][0],
@@ -292,17 +312,33 @@ def _into(kept: Tensor | None, value: Tensor, parameter: nn.Parameter) -> Tensor
     return kept.copy_(value)
 
 
-def _check(decays: tuple[float, ...], grad_clip: float, warmup: int, cosine_steps: int) -> None:
+def _is_low(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def _decays(given: float | Sequence[float]) -> tuple[float, ...]:
+    return (given,) if isinstance(given, int | float) else tuple(given)
+
+
+def _check_group(group: dict[str, Any], averages: int) -> None:
+    decays = _decays(group["ema_decay"])
     if not 1 <= len(decays) <= MOST_EMAS:
         raise ConfigError(f"AdamWEMA: ema_decay: given {len(decays)} of them, allowed 1 to {MOST_EMAS}")
+    if len(decays) != averages:
+        raise ConfigError(f"AdamWEMA: ema_decay: given {len(decays)} in a group, allowed {averages}, as in the others")
     for decay in decays:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigError(f"AdamWEMA: ema_decay: given {decay}, allowed 0 <= ema_decay < 1")
-    if not 0.0 <= grad_clip < math.inf:
-        raise ConfigError(f"AdamWEMA: grad_clip: given {grad_clip}, allowed 0 (off) or more")
-    for name, steps in (("warmup", warmup), ("cosine_steps", cosine_steps)):
-        if steps < 0:
-            raise ConfigError(f"AdamWEMA: {name}: given {steps}, allowed 0 (off) or more")
+        _allow("ema_decay", decay, 0.0 <= decay < 1.0, "0 <= ema_decay < 1")
+    for beta in group["betas"]:
+        _allow("betas", beta, 0.0 <= beta < 1.0, "0 to below 1")
+    for name in ("lr", "eps", "weight_decay"):
+        _allow(name, group[name], 0.0 <= float(group[name]) < math.inf, "0 or more")
+    for name in ("grad_clip", "warmup", "cosine_steps"):
+        _allow(name, group[name], 0.0 <= group[name] < math.inf, "0 (off) or more")
+
+
+def _allow(name: str, given: Any, right: bool, allowed: str) -> None:
+    if not right:
+        raise ConfigError(f"AdamWEMA: {name}: given {given}, allowed {allowed}")
 
 
 def _check_parameter(parameter: nn.Parameter, device: torch.device) -> None:

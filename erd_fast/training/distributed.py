@@ -71,7 +71,11 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """The largest ``number`` that a rank has, by way of the host: no device waits for it."""
-        return max(self._gather(number))
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def _gather(self, value: T) -> list[T]:
         if self.size == 1:
@@ -98,11 +102,23 @@ def process_group() -> Iterator[tuple[Ranks, torch.device]]:
     dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     try:
         yield Ranks(rank, size), device
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _LOST):
-            raise
-        raise RunError(f"rank {rank}: another rank has stopped, see its error ({_first_line(error)})") from error
-    finally:
+    except SystemExit:  # a signal, which all ranks follow at one step
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        _leave(device)
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
+            text = f"rank {rank}: another rank has stopped, see its error ({_first_line(error)})"
+            raise RunError(text) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _leave(device: torch.device) -> None:
+    """Go without waiting for what the other ranks will not send any more, as NCCL would."""
+    if device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
 
 

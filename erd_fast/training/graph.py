@@ -1,27 +1,26 @@
 """A training step as one CUDA graph, launched by one call."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from erd_fast.data import Batch
+from erd_fast.errors import RunError
 from erd_fast.training.step import TrainStep
 
 _WARM_UP, _WARM_UP_REPLICATED = 3, 11
 """Steps taken eagerly before the capture: allocations and choices settle, and DistributedDataParallel wants eleven."""
-_log = logging.getLogger("erd_fast.training")
 
 
 class StepGraph:
     """Runs a step: eagerly at first, on a GPU then as a captured graph. The numbers are those of the eager step: random
     numbers, learning rate and counters are functions of what is on the device.
 
-    Rows that a reader brings are copied to a staging buffer, from which the graph reads them. What cannot be captured
-    is run eagerly, with a warning. The optimizer's settings may change between steps.
+    Rows that a reader brings are copied to a staging buffer, from which the graph reads them. The optimizer's settings
+    may change between steps.
     """
 
     def __init__(self, step: TrainStep):
@@ -31,7 +30,7 @@ class StepGraph:
         self._eager_left = _WARM_UP_REPLICATED if step.ranks.size > 1 else _WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
         self._staged: list[Batch] = []
-        # Outside of captures too, all runs on this stream and in this pool, so that memory serves both.
+        # What runs between replays does so on this stream and in this pool, so that memory serves both.
         self._stream = torch.cuda.Stream(step.device) if self._wanted else None
         self._pool = torch.cuda.MemPool() if self._wanted else None
 
@@ -66,6 +65,13 @@ class StepGraph:
             yield
         current.wait_stream(self._stream)
 
+    def close(self) -> None:
+        """Drop the graph, and with it the reductions that it holds."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._step.device)
+            self._graph.reset()
+            self._graph = None
+
     def _warm_up(self, batches: list[Batch]) -> None:
         if self._eager_left:
             with self.memory():
@@ -73,26 +79,23 @@ class StepGraph:
             self._eager_left -= 1
             return
         self._stage(batches)
-        self._capture()
-        if self._graph is None:
-            self._step.compute(self._staged)
-        else:
-            self._graph.replay()
+        self._graph = self._capture()
+        self._graph.replay()
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         assert self._pool is not None
         try:
-            with torch.cuda.graph(graph, pool=cast(Any, self._pool.id), stream=self._stream):
+            # thread_local: a reader's thread may allocate pinned memory meanwhile.
+            how: Any = {"pool": self._pool.id, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **how):
                 self._step.compute(self._staged)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            self._wanted, self._stream, self._pool = False, None, None
-            _log.warning("the step cannot be captured as a CUDA graph and runs eagerly: %s", error)
-            return
+        except RuntimeError as error:  # of which PyTorch does not recover
+            raise RunError(f"the step cannot be captured as a CUDA graph: {error}; --train.cuda-graph off") from error
         self._step.optimizer.refresh()  # addresses of gradients are those of the capture
-        self._graph = graph
+        return graph
 
     def _stage(self, batches: list[Batch]) -> None:
         """Copy rows to where the graph reads them; a resident store stays where it is."""

@@ -30,8 +30,8 @@ from erd_fast.training.rehearsal import rehearse, write_choices
 from erd_fast.training.tracking import open_tracker
 
 T = TypeVar("T")
-_AGREE_EVERY = 10
-"""Steps between the moments at which ranks tell each other of a signal."""
+_WATCHED = 10
+"""Steps over which a run is judged by those it could take."""
 
 
 def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str, Any] | None:
@@ -58,6 +58,7 @@ def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str
         with contextlib.ExitStack() as held:
             ranks.from_first(lambda: _take_folder(folder, held))
             ranks.from_first(lambda: _open_tracker(config, folder, held, run.log))
+            held.callback(run.graph.close)  # before the process group ends, which waits for graphs with its reductions
             metrics = run.go(held.enter_context(_stop_requests()), profile)
         return metrics if ranks.first else None
 
@@ -101,7 +102,8 @@ class _Run:
         self.log = RunLog(folder, {"world_size": ranks.size, "local_batch": local}, writes=ranks.first)
         flops = model_flops(self.step.model)
         self.speed = Speed(flops, device, config.train.precision, ranks.size)
-        self.done = self._logged = 0  # steps taken, and the last one with a log line
+        self.done = 0  # steps taken
+        self._watched = 0, 0  # steps, and those that were not skipped, when that was last judged
 
     def go(self, stop: "_StopRequest", profile: bool) -> dict[str, Any]:
         config, folder = self.config, self.folder
@@ -160,7 +162,7 @@ class _Run:
         if self.ranks.first:
             write_text(self.folder / "config.yaml", config_text(self.config))
         self.log.cut_back(self.done)
-        self._logged = self.log.last.get("step", 0)
+        self._watched = self.done, int(self.step.optimizer.counts[0])
         self.log.write({"event": "resume", "step": self.done})
         self._say(f"resuming at step {self.done}")
         return True
@@ -211,9 +213,7 @@ class _Run:
 
     def _agreed(self, stop: "_StopRequest") -> int:
         """The signal that asks the run to stop, on all ranks at the same step."""
-        if self.ranks.size == 1:
-            return stop.signal
-        return self.ranks.largest(stop.signal) if self.done % _AGREE_EVERY == 0 else 0
+        return self.ranks.largest(stop.signal)
 
     def _headline(self, reader: str) -> str:
         parameters = sum(p.numel() for p in self.step.model.parameters())
@@ -250,14 +250,14 @@ class _Run:
         self._check_taken()
         optimizer = self.step.optimizer
         loss, loss_by_t = self.step.take_totals()
-        self._logged = self.done
         skipped, scale = int(optimizer.counts[2]), float(optimizer.loss_scale)
-        if loss is None:  # float16 is still looking for its scale
+        if loss is None:  # float16 looks for its scale, or a single batch is bad
             self.log.write({"event": "skipped", "step": self.done, "loss_scale": scale})
             return
         self._check_finite(loss=loss)
         line: dict[str, Any] = {"step": self.done, "images": self.done * self.config.train.batch_size, "loss": loss}
-        line |= {"grad_norm": float(optimizer.grad_norm), "loss_by_t": loss_by_t, "skipped": skipped}
+        norm = float(optimizer.grad_norm)
+        line |= {"grad_norm": norm if math.isfinite(norm) else None, "loss_by_t": loss_by_t, "skipped": skipped}
         if self.config.train.precision == "fp16":
             line["loss_scale"] = scale
         line |= {"lr": float(optimizer.last_lr), **self.speed.read()}
@@ -274,17 +274,23 @@ class _Run:
     def _check_taken(self) -> None:
         """One batch may have gradients that are not finite, and is skipped; a run that goes on so is lost, unless
         float16 still has room to lower its scale."""
-        optimizer, steps = self.step.optimizer, self.done - self._logged
-        if float(optimizer.loss_scale) <= SMALLEST_SCALE and 2 * int(self.step.totals["steps"]) <= steps:
+        optimizer, (done, taken) = self.step.optimizer, self._watched
+        steps, now = self.done - done, int(optimizer.counts[0])
+        if steps < _WATCHED and self.done < self.config.train.steps:
+            return
+        if float(optimizer.loss_scale) <= SMALLEST_SCALE and steps > 1 and 2 * (now - taken) <= steps:
             self._check_finite(grad_norm=float(optimizer.grad_norm))
+        self._watched = self.done, now
 
     def _check_finite(self, **values: float) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                raise RunError(
+                error = RunError(
                     f"{name} is {value} at step {self.done}, and nothing is saved of it. "
                     "Try a lower optim.lr, a longer optim.warmup, or train.precision fp32"
                 )
+                error.told = not self.ranks.first  # all ranks find it
+                raise error
 
     def _preview(self) -> None:
         if self.ranks.first and can_preview(self.store):

@@ -27,8 +27,7 @@ def rehearse(step: TrainStep, file: Path) -> None:
     chosen = step.ranks.from_first(lambda: _choose(step, file))
     choices.forget()
     choices.load(chosen, str(file))
-    if not step.ranks.first and step.device.type == "cuda":
-        _pass(step)
+    step.ranks.together(lambda: None if step.ranks.first or step.device.type != "cuda" else _pass(step))
 
 
 def write_choices(step: TrainStep, file: Path) -> None:
@@ -59,10 +58,22 @@ def _pass(step: TrainStep) -> None:
         needed = None
     available = torch.cuda.mem_get_info(step.device)[0] + torch.cuda.memory_reserved(step.device)
     if needed is None or needed > available:
-        one, four = (_peak_bytes(step, images) for images in (1, 4))
-        raise RunError(
-            too_large(step.micro_batch, _share(step), available, one + _later_bytes(step), (four - one) // 3)
-        )
+        raise RunError(_what_fits(step, available))
+    torch.cuda.empty_cache()  # a captured step has memory of its own
+    torch.cuda.reset_peak_memory_stats(step.device)
+
+
+def _what_fits(step: TrainStep, available: int) -> str:
+    try:
+        one = _peak_bytes(step, 1)
+    except torch.OutOfMemoryError:
+        return f"model.name: {step.config.model.name} does not fit into this GPU's {available / _GIB:.2f} GiB"
+    try:
+        per_image = _peak_bytes(step, 2) - one
+    except torch.OutOfMemoryError:
+        per_image = available  # then one it is
+    summed = sum(4 * p.numel() for p in step.model.parameters() if p.dtype != torch.float32)  # over micro-batches
+    return too_large(step.micro_batch, _share(step), available, one + _later_bytes(step) + summed, per_image)
 
 
 def too_large(micro_batch: int, share: int, available: int, one: int, per_image: int) -> str:
@@ -80,6 +91,7 @@ def too_large(micro_batch: int, share: int, available: int, one: int, per_image:
 
 
 def _peak_bytes(step: TrainStep, images: int) -> int:
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(step.device)
     step.rehearse(images)
     torch.cuda.synchronize(step.device)

@@ -9,7 +9,7 @@ import torch
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import OPS, adamw_ema, grad_norm, use_backend
 from erd_fast.ops.adamw_ema import COLUMNS, Factor, Setting, StepState, advance_reference
-from erd_fast.ops.chunks import CHUNK, ChunkTable, Slot
+from erd_fast.ops.chunks import CHUNK, ChunkTable, Slot, Slots
 
 CPU = torch.device("cpu")
 SIZES = (1, 7, CHUNK - 1, CHUNK + 1)
@@ -211,3 +211,41 @@ def test_compiled_backends_take_masters_and_not_copies():
     table.update(low)
     with use_backend(adamw_ema="cpu"), pytest.raises(BackendUnavailableError, match="are not all float32"):
         adamw_ema(low, table, made.settings, torch.tensor(1.0), made.state)
+
+
+def test_it_goes_through_torchs_dispatcher_and_into_a_graph():
+    made, plain = problem(), problem()
+    flat = Slots.of(made.slots)
+    table = ChunkTable(DEVICE)
+    table.update(made.slots)
+    norm = torch.tensor(2.0, device=DEVICE)
+    arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "")
+    torch.library.opcheck(torch.ops.erd_fast.adamw_ema_fwd.default, arguments)
+
+    other = ChunkTable(DEVICE)
+    other.update(plain.slots)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(slots: Slots) -> None:
+        adamw_ema(slots, other, plain.settings, norm, plain.state)
+
+    with use_backend(adamw_ema="reference"):
+        fresh = problem()
+        own = ChunkTable(DEVICE)
+        own.update(fresh.slots)
+        adamw_ema(fresh.slots, own, fresh.settings, norm, fresh.state)
+        compiled(Slots.of(plain.slots))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.tensors(), plain.tensors(), strict=True))
+
+
+def test_a_launch_that_fails_is_not_tried_again_elsewhere(monkeypatch):
+    """It may have changed something already."""
+    made = problem()
+
+    def fails(*arguments):
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(OPS["adamw_ema"].forward, "launch", fails)
+    with pytest.raises(RuntimeError, match="half way"):
+        made.step()
+    assert made.state.counts.tolist() == [0, 0, 0]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -348,3 +349,55 @@ def test_a_thousand_steps_are_as_exact_as_pytorchs():
     for ours, plain, truth in zip(results["ours"], results["torch"], results["truth"], strict=True):
         assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
         assert (ours - truth).square().mean() <= 4 * (plain - truth).square().mean()
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_as_the_original(again):
+    parameters, optimizer = _trained()
+    others, copied = again((parameters, optimizer))
+    for own, used in ((parameters, optimizer), (others, copied)):
+        _set_gradients(own, 3)
+        used.step()
+    assert copied.counts.tolist() == [4, 0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(parameters, others, strict=True))
+
+
+def test_a_gradient_that_is_turned_in_its_memory_is_seen():
+    plain, turned = (nn.Parameter(torch.zeros(3, 3)) for _ in range(2))
+    gradient = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    one, other = AdamWEMA([plain], **HOW), AdamWEMA([turned], **HOW)
+    for value in (gradient, gradient.t()):
+        plain.grad, turned.grad = value.contiguous(), value
+        one.step(), other.step()
+    assert torch.equal(plain, turned)
+
+
+def test_a_state_of_other_averages_is_refused_and_one_of_float32_makes_masters():
+    _, optimizer = _trained()
+    with pytest.raises(ConfigError, match="state_dict: given 1 averages, allowed 2"):
+        AdamWEMA(_parameters(torch.float32), **HOW, ema_decay=[0.9, 0.99]).load_state_dict(optimizer.state_dict())
+    low = _parameters(torch.bfloat16)
+    resumed = AdamWEMA(low, **HOW)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert all(resumed.master(p).dtype == torch.float32 for p in low)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("betas", (0.9, 1.0), r"betas: given 1.0, allowed 0 to below 1"),
+        ("lr", -1.0, "lr: given -1.0, allowed 0 or more"),
+        ("eps", -1.0, "eps: given -1.0"),
+        ("weight_decay", -0.1, "weight_decay: given -0.1"),
+        ("ema_decay", (0.9, 0.99), "ema_decay: given 2 in a group, allowed 1, as in the others"),
+        ("grad_clip", -1.0, "grad_clip: given -1.0"),
+    ],
+)
+def test_a_group_with_a_setting_outside_its_range_is_refused_and_does_not_join(name, value, allowed):
+    first, second, _ = _parameters()
+    optimizer = AdamWEMA([first])
+    with pytest.raises(ConfigError, match=allowed):
+        optimizer.add_param_group({"params": [second], name: value})
+    assert len(optimizer.param_groups) == 1

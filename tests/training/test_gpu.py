@@ -105,6 +105,7 @@ def test_a_replicated_step_is_captured(tmp_path, tiny, store, monkeypatch):
         batches = open_reader(store, "resident", GPU).batches(step.plan, 0)
         losses = [float(graph(batches)) for _ in range(16)]
         assert graph.captured
+        graph.close()
     finally:
         dist.destroy_process_group()
     alone = build_step(tiny(train={"precision": "bf16"}), store, GPU)
