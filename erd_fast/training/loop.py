@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -27,6 +26,7 @@ from erd_fast.training.metrics import RunLog, Speed, read_log
 from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
 from erd_fast.training.profiling import StepProfiler
 from erd_fast.training.rehearsal import rehearse, write_choices
+from erd_fast.training.stopping import StopRequest, stop_requests
 from erd_fast.training.tracking import open_tracker
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str
             ranks.from_first(lambda: _take_folder(folder, held))
             ranks.from_first(lambda: _open_tracker(config, folder, held, run.log))
             held.callback(run.graph.close)  # before the process group ends, which waits for graphs with its reductions
-            metrics = run.go(held.enter_context(_stop_requests()), profile)
+            metrics = run.go(held.enter_context(stop_requests()), profile)
         return metrics if ranks.first else None
 
 
@@ -105,7 +105,7 @@ class _Run:
         self.done = 0  # steps taken
         self._watched = 0, 0  # steps, and those that were not skipped, when that was last judged
 
-    def go(self, stop: "_StopRequest", profile: bool) -> dict[str, Any]:
+    def go(self, stop: StopRequest, profile: bool) -> dict[str, Any]:
         config, folder = self.config, self.folder
         if not self._start_or_resume():
             return self.log.last
@@ -211,7 +211,7 @@ class _Run:
     def _shows_bar(self) -> bool:
         return self.ranks.first and sys.stderr.isatty()
 
-    def _agreed(self, stop: "_StopRequest") -> int:
+    def _agreed(self, stop: StopRequest) -> int:
         """The signal that asks the run to stop, on all ranks at the same step."""
         return self.ranks.largest(stop.signal)
 
@@ -377,27 +377,3 @@ def _only_process_in(folder: Path) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it, or name another folder by --out"
             ) from None
         yield
-
-
-class _StopRequest:
-    """The signal that asked the run to stop, or 0."""
-
-    signal = 0
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
-    stop = _StopRequest()
-
-    def note(number: int, frame: Any) -> None:
-        stop.signal = number
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
