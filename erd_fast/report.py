@@ -25,6 +25,8 @@ _MEANINGS = {
     "images": "images trained on, repeats counted",
     "loss": "training loss, weighted by w(t), mean over the last log interval",
     "grad_norm": "global norm of the last step's gradients, before clipping",
+    "skipped": "steps of the whole run that were not taken: their gradients were not finite",
+    "loss_scale": "factor of the float16 loss",
     "loss_by_t": "unweighted loss in equal ranges of t/T, last log interval; bin 1 has the least noise",
     "lr": "learning rate of the last step",
     "images_per_sec": "speed in the last log interval, without previews, evaluations and checkpoints",
@@ -52,7 +54,11 @@ _CURVES = {
     "images_per_sec": ("Training speed", "images/s", "Without previews, evaluations and checkpoints.", 0.0),
     "data_wait_pct": ("Data wait", "% of time", "Time that steps waited for their batch.", 1.0),
 }
-_EVENTS = {"resume": "resumed from the checkpoint of this step", "end": "finished"}
+_EVENTS = {
+    "resume": "resumed from the checkpoint of this step",
+    "end": "finished",
+    "skipped": "no step was taken since the last line",
+}
 
 
 @dataclasses.dataclass(frozen=True)

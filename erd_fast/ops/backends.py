@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def absence(backend: str) -> tuple[str, str] | None:
 def _cuda_absence() -> tuple[str, str] | None:
     facts, driver = _build_facts(), _driver_version()
     if driver and (reason := driver_too_old(driver, facts.get("toolkit", 0))):  # PyTorch may not see the GPU then
+        warnings.warn(f"the CUDA kernels are left out: {'; '.join(reason)}", RuntimeWarning, stacklevel=2)
         return reason
     if not _gpu():
         return _NO_GPU, "run it on a machine with an NVIDIA GPU, or take another backend"

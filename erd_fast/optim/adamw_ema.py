@@ -31,7 +31,7 @@ class AdamWEMA(torch.optim.Optimizer):
     A step is :func:`erd_fast.ops.adamw_ema.adamw_ema`, which gives the formulas: two passes over memory, of which the
     first reads the gradients for their norm. All that it counts is on the device, nothing is read back, and a captured
     CUDA graph of a step goes on by itself. A step whose gradients are not finite changes no parameter and no state; it
-    is counted in ``skipped``.
+    is counted in ``counts``.
 
     Averages begin at the initial parameters. Their decay warms up, ``min(ema_decay, n / (n + 9))`` at step n = 1, 2,
     ..., so that short runs do not average their start in.
@@ -134,7 +134,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._table, self._key, self._kept = ChunkTable(self.counts.device), [], None
+        if "counts" in state:  # of a pickle or a copy; load_state_dict passes here too, and keeps the table
+            self._table, self._key, self._kept = ChunkTable(self.counts.device), [], None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -19,7 +19,7 @@ from erd_fast.errors import ConfigError, ErdFastError, RunError
 from erd_fast.training.config import RunConfig
 
 T = TypeVar("T")
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "NCCL", "remote process exited")
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "remote process exited")
 
 
 class Ranks:

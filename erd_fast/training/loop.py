@@ -49,7 +49,7 @@ def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str
         RunError: no permission, another process trains in the folder, the loss is not finite, a step does not fit into
             the GPU, or another rank has stopped.
     """
-    with process_group() as (ranks, device):
+    with process_group() as (ranks, device), _memory_is_short(config):
         ranks.together(lambda: _check_folder(config, folder))
         store = ranks.together(lambda: open_store(config))
         _check_ranks(config, folder, store, ranks)
@@ -278,7 +278,8 @@ class _Run:
         steps, now = self.done - done, int(optimizer.counts[0])
         if steps < _WATCHED and self.done < self.config.train.steps:
             return
-        if float(optimizer.loss_scale) <= SMALLEST_SCALE and steps > 1 and 2 * (now - taken) <= steps:
+        judged = steps > 1 or now == 0  # one bad batch is no verdict on a run, unless it is all of it
+        if judged and float(optimizer.loss_scale) <= SMALLEST_SCALE and 2 * (now - taken) <= steps:
             self._check_finite(grad_norm=float(optimizer.grad_norm))
         self._watched = self.done, now
 
@@ -365,6 +366,18 @@ def _open_tracker(config: RunConfig, folder: Path, held: contextlib.ExitStack, l
     log.tracker = open_tracker(config.train.track, folder, config.flat())
     if log.tracker is not None:
         held.callback(log.tracker.close)
+
+
+@contextlib.contextmanager
+def _memory_is_short(config: RunConfig) -> Iterator[None]:
+    """Where the rehearsal did not see it coming: parameters alone, or what another process took meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"train.micro_batch: given {config.train.micro_batch} of train.batch_size {config.train.batch_size}: the GPU's "
+            f"memory is full; take a smaller one, or a smaller model ({str(error).splitlines()[0]})"
+        ) from error
 
 
 @contextlib.contextmanager

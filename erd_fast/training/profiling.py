@@ -25,7 +25,7 @@ _SHOWN, _WIDTH = 20, 60
 _KINDS = {
     "communication": r"nccl|gloo|all_?reduce",
     "attention": r"flash|fmha|attention|attn",
-    "matrix": r"gemm|gemv|cutlass|cublas|nvjet|xmma|wgmma|conv|aten::(addmm|mm|bmm|baddbmm)$|linear",
+    "matrix": r"gemm|gemv|cutlass|cublas|nvjet|xmma|wgmma|conv(?!ert)|aten::(addmm|mm|bmm|baddbmm)$|(?<![a-z])linear",
 }
 """Of a kernel or operator by its name, the first that fits; what none fits moves memory."""
 

@@ -110,9 +110,8 @@ class TrainStep:
         ops time their backends, and the allocator meets the sizes of a step."""
         side, channels = self.model.input_size, self.model.in_channels
         x = torch.zeros(images, channels, side, side, dtype=self.dtype, device=self.device)
-        if patch := self._patch:
+        if self._patch:
             x = self.model.as_tokens(x)
-            assert patch
         labels = torch.zeros(images, dtype=torch.int64, device=self.device) if self._num_classes else None
         with self.autocast():
             prediction = self.model(x, self.process.time[:1].expand(images), labels)

@@ -198,26 +198,17 @@ def test_a_saved_optimizer_goes_on_bit_for_bit():
         assert torch.equal(optimizer.state[one]["ema"], resumed.state[other]["ema"])
 
 
-@pytest.mark.parametrize("ema_decay", [-0.1, 1.0, float("nan")])
-def test_decays_outside_the_range_are_refused(ema_decay):
-    with pytest.raises(ConfigError, match=rf"ema_decay: given {ema_decay}, allowed 0 <= ema_decay < 1"):
-        AdamWEMA(_parameters(), ema_decay=ema_decay)
-
-
-def test_negative_clip_is_refused():
-    with pytest.raises(ConfigError, match=r"grad_clip: given -1.0, allowed 0 \(off\) or more"):
-        AdamWEMA(_parameters(), grad_clip=-1.0)
-
-
-@pytest.mark.parametrize(("name", "value"), [("warmup", -1), ("cosine_steps", -2)])
-def test_negative_steps_are_refused(name, value):
-    with pytest.raises(ConfigError, match=rf"{name}: given {value}, allowed 0 \(off\) or more"):
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *(("ema_decay", decay, f"given {decay}, allowed 0 <= ema_decay < 1") for decay in (-0.1, 1.0, float("nan"))),
+        ("ema_decay", (0.9,) * 5, "given 5 of them, allowed 1 to 4"),
+        *((name, -1, r"given -1, allowed 0 \(off\) or more") for name in ("grad_clip", "warmup", "cosine_steps")),
+    ],
+)
+def test_settings_outside_their_range_are_refused(name, value, allowed):
+    with pytest.raises(ConfigError, match=f"AdamWEMA: {name}: {allowed}"):
         AdamWEMA(_parameters(), **{name: value})
-
-
-def test_more_than_four_averages_are_refused():
-    with pytest.raises(ConfigError, match="ema_decay: given 5 of them, allowed 1 to 4"):
-        AdamWEMA(_parameters(), ema_decay=(0.9,) * 5)
 
 
 def test_several_averages_are_those_of_several_optimizers():
@@ -401,3 +392,17 @@ def test_a_group_with_a_setting_outside_its_range_is_refused_and_does_not_join(n
     with pytest.raises(ConfigError, match=allowed):
         optimizer.add_param_group({"params": [second], name: value})
     assert len(optimizer.param_groups) == 1
+
+
+def test_loading_a_state_keeps_the_memory_that_a_captured_step_reads():
+    parameters, optimizer = _trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    own = [optimizer.counts, optimizer.grad_norm, optimizer._table.rows, optimizer._settings]
+    own += [tensor for state in optimizer.state.values() for tensor in state.values()]
+    addresses = [tensor.data_ptr() for tensor in own]
+    optimizer.load_state_dict(saved)
+    _set_gradients(parameters, 3)
+    optimizer.step()
+    now = [optimizer.counts, optimizer.grad_norm, optimizer._table.rows, optimizer._settings]
+    now += [tensor for state in optimizer.state.values() for tensor in state.values()]
+    assert [tensor.data_ptr() for tensor in now] == addresses

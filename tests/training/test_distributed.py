@@ -64,8 +64,8 @@ def test_more_ranks_train_the_same_run(alone, tmp_path, tiny, ranks, train_field
     folder = tmp_path / "run"
     config = tiny(train={"steps": STEPS, **train_fields}, data={"loader": loader})
     first, *others = run_ranks(ranks, train, config, folder)
-    # Sums of a gradient in another order differ by roundings, whose effect AdamW carries on: lr a step at most where a
-    # gradient is all rounding. The loss averages that away.
+    # Sums of a gradient in another order differ by roundings, and so do the parameters after each step and the loss,
+    # a mean over 1,024 of them: four roundings of 2^-24 a step, which add up.
     assert _losses(folder) == pytest.approx(_losses(alone), rel=STEPS * 2**-22)
     assert first["world_size"] == ranks and first["local_batch"] == 16 // ranks and others == [None] * (ranks - 1)
 
@@ -100,7 +100,9 @@ def test_every_rank_has_the_sum_of_all_gradients(tiny, digits):
     (alone,) = run_ranks(1, _after_sums, tiny(), digits)
     for gradients in run_ranks(2, _after_sums, tiny(), digits):
         for found, expected in zip(gradients, alone, strict=True):
-            assert np.linalg.norm(found - expected) <= 2**-18 * np.linalg.norm(expected)
+            # By norm: sums of 256 terms (16 images of 16 tokens) in another order, sqrt(256) roundings of 2^-24, and as
+            # many in each of the three products that a gradient comes through.
+            assert np.linalg.norm(found - expected) <= 4 * 16 * 2**-24 * np.linalg.norm(expected)
 
 
 def test_a_rank_that_dies_stops_them_all(tmp_path):

@@ -48,10 +48,11 @@ def _losses(config, store, folder, loader: str = "resident", between=lambda grap
     [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "tf32"}, {"precision": "bf16", "micro_batch": 8}],
 )
 def test_the_graph_has_the_numbers_of_the_eager_step(tmp_path, tiny, store, train, loader):
-    # The same kernels in the same order: the same bits, but where PyTorch's own sum in no fixed order.
+    # The same kernels in the same order: the same bits, but where PyTorch's own sum in no fixed order, with which a loss
+    # may round to the next number of bfloat16's products.
     eager = _losses(tiny(train={**train, "cuda_graph": "off"}), store, tmp_path, loader)
     graph = _losses(tiny(train={**train, "cuda_graph": "on"}), store, tmp_path, loader)
-    assert graph == pytest.approx(eager, rel=1e-3)
+    assert graph == pytest.approx(eager, rel=2**-9)
     assert len(set(graph)) == STEPS  # every replay draws anew
 
 
@@ -63,7 +64,7 @@ def test_what_runs_between_replays_in_their_memory_does_not_disturb_them(tmp_pat
 
     config = tiny(train={"precision": "bf16"})
     expected = _losses(config, store, tmp_path)
-    assert _losses(config, store, tmp_path, between=sample) == pytest.approx(expected, rel=1e-3)
+    assert _losses(config, store, tmp_path, between=sample) == pytest.approx(expected, rel=2**-9)
 
 
 def test_a_rate_that_changes_between_replays_acts(tmp_path, tiny, store):
@@ -110,7 +111,7 @@ def test_a_replicated_step_is_captured(tmp_path, tiny, store, monkeypatch):
         dist.destroy_process_group()
     alone = build_step(tiny(train={"precision": "bf16"}), store, GPU)
     batches = open_reader(store, "resident", GPU).batches(alone.plan, 0)
-    assert losses == pytest.approx([float(alone(batches)) for _ in range(16)], rel=1e-3)
+    assert losses == pytest.approx([float(alone(batches)) for _ in range(16)], rel=2**-9)
 
 
 def test_the_optimizer_moves_memory_at_the_speed_of_a_copy():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError, RunError
+from erd_fast.report import write_report
 from erd_fast.sampling.images import save
 from erd_fast.training import loop
 from erd_fast.training.config import load_config
@@ -166,6 +167,26 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, tiny, monke
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "loss" in line] == [1, 1]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_a_run_that_could_take_no_step_at_all_fails(tmp_path, tiny, monkeypatch):
+    backward = torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda tensor, gradient: backward(tensor, gradient * math.nan))
+    for steps in (1, 3):
+        with pytest.raises(RunError, match=f"grad_norm is nan at step {steps}, and nothing is saved of it"):
+            train(tiny(train={"steps": steps}), tmp_path / str(steps))
+        assert not (tmp_path / str(steps) / "checkpoints").exists()
+
+
+def test_float16_logs_that_it_looks_for_its_scale(tmp_path, tiny, monkeypatch, training_lines):
+    monkeypatch.setattr("erd_fast.optim.adamw_ema.INITIAL_LOSS_SCALE", 2.0**32)
+    train(tiny(train={"steps": 30, "precision": "fp16"}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    looked = [line["loss_scale"] for line in lines if line.get("event") == "skipped"]
+    taken = [line for line in lines if "loss" in line]
+    assert looked and looked == [2.0 ** (31 - number) for number in range(len(looked))]
+    assert taken[-1]["skipped"] >= len(looked) and taken[0]["loss_scale"] == looked[-1]
+    assert "no step was taken" in write_report(tmp_path / "run").read_text()
 
 
 def test_previews_come_at_their_steps_and_at_the_end(tmp_path, tiny):

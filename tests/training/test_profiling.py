@@ -59,6 +59,10 @@ def test_on_a_cpu_operators_count_without_what_they_call():
         ("_update_kernel", "memory"),
         ("aten::add_", "memory"),
         ("aten::sum", "memory"),
+        ("triton_poi_fused__to_copy_convert_element_type_3", "memory"),
+        ("upsample_bilinear2d_out_frame", "memory"),
+        ("cudnn_convolution", "matrix"),
+        ("_linear_gelu_kernel", "matrix"),
     ],
 )
 def test_kinds_are_told_by_name(name, kind):
