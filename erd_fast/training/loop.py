@@ -374,9 +374,10 @@ def _memory_is_short(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        given = f"given {config.train.micro_batch} of train.batch_size {config.train.batch_size}"
         raise RunError(
-            f"train.micro_batch: given {config.train.micro_batch} of train.batch_size {config.train.batch_size}: the GPU's "
-            f"memory is full; take a smaller one, or a smaller model ({str(error).splitlines()[0]})"
+            f"train.micro_batch: {given}, and the GPU's memory is full: take a smaller one, or a smaller model "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -183,3 +183,22 @@ def test_weights_of_another_model_do_not_fit(tmp_path, step, digits, other):
     model = create_model(**{**load_state(path).model, **other})
     with pytest.raises(DataError, match=r"ema.safetensors does not fit the model"):
         load_weights(path, model)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_saved_as_masters_and_comes_back_bit_for_bit(tmp_path, make_step, tiny, digits, precision):
+    config = tiny(train={"precision": precision})
+    step = make_step(config)
+    _go_on(step, digits, 3)
+    path = _save(tmp_path, step, 3, digits)
+    weights, averages = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")
+    lowered = 0
+    for name, parameter in step.model.named_parameters():
+        assert weights[name].dtype == averages[name].dtype == torch.float32
+        assert torch.equal(weights[name], step.optimizer.master(parameter))
+        lowered += not torch.equal(weights[name], weights[name].to(parameter.dtype).float())
+    assert lowered > 0
+    other = make_step(config)
+    restore(path, load_state(path), other)
+    assert not other.optimizer._masters  # those of the start are gone, and not kept beside the state
+    assert _go_on(other, digits, 3) == _go_on(step, digits, 3)

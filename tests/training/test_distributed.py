@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, tiny):
     (metrics,) = run_ranks(1, train, tiny(train={"steps": STEPS}), folder)
     assert events(folder) == [("end", 20), ("resume", 20), ("end", STEPS)] and metrics["world_size"] == 1
     assert _losses(folder)[-10:] == pytest.approx(_losses(alone)[-10:], rel=STEPS * 2**-22)
+
+
+def test_the_sums_of_an_open_log_interval_go_on_once(alone, tmp_path, tiny):
+    """Every rank has its share of them, and the checkpoint the whole."""
+    folder, how = tmp_path / "run", {"save_every": 5, "keep_checkpoints": 0, "log_every": 8}
+    run_ranks(2, train, tiny(train={"steps": 8, **how}), folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")  # as if it had been killed before
+    run_ranks(2, train, tiny(train={"steps": 9, **how}), folder)
+    assert ("resume", 5) in events(folder)
+    expected = _losses(alone)
+    assert _losses(folder) == pytest.approx([sum(expected[:8]) / 8, expected[8]], rel=STEPS * 2**-22)
 
 
 def _after_sums(config: RunConfig, store: LatentStore) -> list[np.ndarray]:

@@ -48,8 +48,8 @@ def _losses(config, store, folder, loader: str = "resident", between=lambda grap
     [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "tf32"}, {"precision": "bf16", "micro_batch": 8}],
 )
 def test_the_graph_has_the_numbers_of_the_eager_step(tmp_path, tiny, store, train, loader):
-    # The same kernels in the same order: the same bits, but where PyTorch's own sum in no fixed order, with which a loss
-    # may round to the next number of bfloat16's products.
+    # The same kernels in the same order: the same bits, but where PyTorch's own sum in no fixed order, by which a
+    # product of bfloat16 may round to its neighbour.
     eager = _losses(tiny(train={**train, "cuda_graph": "off"}), store, tmp_path, loader)
     graph = _losses(tiny(train={**train, "cuda_graph": "on"}), store, tmp_path, loader)
     assert graph == pytest.approx(eager, rel=2**-9)
