@@ -46,16 +46,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new one, never a part."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file to write; on a clean end it becomes ``path`` in one rename, otherwise it is removed.
+
+    Raises:
+        RunError: a write failed.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        _sync(partial)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +103,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             _sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
+    except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         if partial.exists():

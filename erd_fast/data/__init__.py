@@ -2,7 +2,9 @@
 
 from erd_fast.data.importers import BUNDLED, open_dataset
 from erd_fast.data.loaders import Batch, Loader, Reader, open_reader
-from erd_fast.data.store import LatentKind, LatentStore, Manifest, write_store
+from erd_fast.data.manifest import LatentKind, Manifest
+from erd_fast.data.store import LatentStore
+from erd_fast.data.writer import write_store
 
 __all__ = [
     "BUNDLED",

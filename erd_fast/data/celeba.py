@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from erd_fast.data.store import LatentStore, write_store
+from erd_fast.data.store import LatentStore
+from erd_fast.data.writer import write_store
 from erd_fast.errors import DataError
 
 ALIGNED = (178, 218)  # width, height

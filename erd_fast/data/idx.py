@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erd_fast.data.store import LatentStore, write_store
+from erd_fast.data.store import LatentStore
+from erd_fast.data.writer import write_store
 from erd_fast.errors import DataError
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from erd_fast.data.idx import find_idx, idx_identity, import_idx
-from erd_fast.data.store import LatentStore, write_store
+from erd_fast.data.store import LatentStore
+from erd_fast.data.writer import write_store
 from erd_fast.errors import DataError, unknown_name
 from erd_fast.files import cache_folder
 
