@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0,
     "files": 1,
+    "extras": 1,
     "random": 1,
     "kernels": 1,
     "data": 2,

@@ -1,6 +1,5 @@
 """A run's metrics in TensorBoard or Weights & Biases, beside its log.jsonl."""
 
-import importlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
-from erd_fast.errors import ConfigError
+from erd_fast.extras import load
 
 Track = Literal["none", "tensorboard", "wandb"]
 
@@ -32,9 +31,9 @@ def open_tracker(track: Track, folder: Path, config: dict[str, Any]) -> Tracker 
         ConfigError: its package is not installed.
     """
     if track == "tensorboard":
-        return _TensorBoard(_module("torch.utils.tensorboard", track), folder)
+        return _TensorBoard(load("torch.utils.tensorboard", "track", f"train.track {track}"), folder)
     if track == "wandb":
-        return _Wandb(_module("wandb", track), folder, config)
+        return _Wandb(load("wandb", "track", f"train.track {track}"), folder, config)
     return None
 
 
@@ -78,10 +77,3 @@ def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
         if name != "step":
             parts = enumerate(value) if isinstance(value, list) else [("", value)]
             yield from ((f"{name}/{part}".rstrip("/"), number) for part, number in parts if number is not None)
-
-
-def _module(name: str, track: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"train.track: given {track}, which is not installed: pip install erd-fast[track]") from error

@@ -1,0 +1,1 @@
+"""Latents that other projects have stored, read as a stream of batches."""
