@@ -39,7 +39,8 @@ class Train:
 
     def __call__(self) -> None:
         from erd_fast.report import write_report
-        from erd_fast.training.loop import describe, train
+        from erd_fast.training.build import describe
+        from erd_fast.training.loop import train
 
         if self.dry_run:
             print(describe(self.run))
@@ -133,11 +134,28 @@ class StoreInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Check:
+    """Is a latent store what its manifest says, and fit to train on? Reads all of it; exit status 1 if it is not."""
+
+    store: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """Folder of the store."""
+    picture: Path | None = None
+    """PNG file for histograms of its numbers; default STORE-check.png, beside the store."""
+
+    def __call__(self) -> None:
+        from erd_fast.data.check import check_store
+
+        check_store(self.store, self.picture)
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """Make latent stores, and look at them."""
 
     action: tyro.conf.OmitArgPrefixes[
-        Annotated[Import, tyro.conf.subcommand("import")] | Annotated[StoreInfo, tyro.conf.subcommand("info")]
+        Annotated[Import, tyro.conf.subcommand("import")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[StoreInfo, tyro.conf.subcommand("info")]
     ]
 
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""From a configuration and a store to what trains: model, process, optimizer."""
+"""From a configuration to what trains: store, model, process, optimizer."""
 
 import dataclasses
 import os
@@ -6,14 +6,46 @@ from typing import Any
 
 import torch
 
-from erd_fast.data import LatentStore
+from erd_fast.data import LatentStore, open_dataset
+from erd_fast.data.check import check_scale
 from erd_fast.diffusion import DiffusionProcess, get_schedule
-from erd_fast.models import DiffusionModel, create_model
+from erd_fast.errors import ConfigError
+from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.nn.precision import lower_precision
 from erd_fast.optim import AdamWEMA
-from erd_fast.training.config import RunConfig
+from erd_fast.training.config import RunConfig, config_text
 from erd_fast.training.distributed import Ranks
 from erd_fast.training.step import DTYPES, TrainStep
+
+
+def open_store(config: RunConfig) -> LatentStore:
+    """The store of ``data.path``, checked against the configuration."""
+    if not config.data.path:
+        raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
+    store = open_dataset(config.data.path)
+    if not store.manifest.num_classes and config.eval.cfg_scale != 1:
+        raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")
+    _, height, width = store.manifest.shape
+    if height != width:
+        raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
+    if config.data.check == "on":
+        check_scale(store)
+    return store
+
+
+def describe(config: RunConfig) -> str:
+    """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Makes no run folder."""
+    store = open_store(config)
+    model = create_model(**model_arguments(config, store), device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    per_image, images = 3 * model_flops(model), config.train.steps * config.train.batch_size
+    size = (
+        f"# {config.model.name}: {parameters:,} parameters, {per_image / 1e9:.3f} GFLOP an image in training\n"
+        f"# {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}\n"
+        f"# {config.train.steps:,} steps of {config.train.batch_size} images: {images / len(store):.2f} epochs, "
+        f"{images * per_image / 1e15:.3g} PFLOP"
+    )
+    return f"{config_text(config)}{size}"
 
 
 def build_step(config: RunConfig, store: LatentStore, device: torch.device, ranks: Ranks | None = None) -> TrainStep:

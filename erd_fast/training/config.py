@@ -80,8 +80,14 @@ class DataConfig:
     loader: Loader = "auto"
     """resident: a copy on the device; mmap: rows read ahead from the files; auto: resident if there is room."""
 
+    check: Switch = "on"
+    """Look at some rows before training: numbers that are not finite, or whose std after scaling is far from 1, are
+    refused; off trains on them."""
+
     def __post_init__(self) -> None:
+        _on_off(self, "check")
         _one_of("data.loader", self.loader, get_args(Loader))
+        _one_of("data.check", self.check, get_args(Switch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +257,7 @@ MAY_CHANGE_ON_RESUME = {
     "eval.every",
     "data.path",
     "data.loader",
+    "data.check",
     "model.kernels",
     "model.recompute",
 }

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from erd_fast.data import Batch, LatentStore, open_dataset, open_reader
+from erd_fast.data import Batch, LatentStore, open_reader
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
-from erd_fast.models import create_model, model_flops
+from erd_fast.models import model_flops
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
-from erd_fast.training.build import build_step, model_arguments
+from erd_fast.training.build import build_step, model_arguments, open_store
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
 from erd_fast.training.distributed import Ranks, check_equal, check_shares, process_group
@@ -61,34 +61,6 @@ def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str
             held.callback(run.graph.close)  # before the process group ends, which waits for graphs with its reductions
             metrics = run.go(held.enter_context(stop_requests()), profile)
         return metrics if ranks.first else None
-
-
-def open_store(config: RunConfig) -> LatentStore:
-    """The store of ``data.path``, checked against the configuration."""
-    if not config.data.path:
-        raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
-    store = open_dataset(config.data.path)
-    if not store.manifest.num_classes and config.eval.cfg_scale != 1:
-        raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")
-    _, height, width = store.manifest.shape
-    if height != width:
-        raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
-    return store
-
-
-def describe(config: RunConfig) -> str:
-    """What ``--dry-run`` prints: the configuration as YAML, then the size of the run. Makes no run folder."""
-    store = open_store(config)
-    model = create_model(**model_arguments(config, store), device="meta")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    per_image, images = 3 * model_flops(model), config.train.steps * config.train.batch_size
-    size = (
-        f"# {config.model.name}: {parameters:,} parameters, {per_image / 1e9:.3f} GFLOP an image in training\n"
-        f"# {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}\n"
-        f"# {config.train.steps:,} steps of {config.train.batch_size} images: {images / len(store):.2f} epochs, "
-        f"{images * per_image / 1e15:.3g} PFLOP"
-    )
-    return f"{config_text(config)}{size}"
 
 
 class _Run:

@@ -221,6 +221,7 @@ OTHER = {
     "train.track": "wandb",
     "data.path": "elsewhere",
     "data.loader": "mmap",
+    "data.check": "off",
     "model.name": "DiT-tiny/4",
     "model.hidden_size": 64,
     "model.depth": 2,
@@ -253,7 +254,7 @@ OTHER = {
     "eval.sampler_steps": 3,
     "eval.cfg_scale": 2.0,
 }
-FREE = {"train.steps", "train.micro_batch", "data.path", "data.loader", "eval.every"}
+FREE = {"train.steps", "train.micro_batch", "data.path", "data.loader", "data.check", "eval.every"}
 FREE |= {"train.cuda_graph", "train.track"}
 FREE |= {"model.kernels", "model.recompute", "train.log_every", "train.save_every", "train.sample_every"}
 
@@ -261,9 +262,12 @@ FREE |= {"model.kernels", "model.recompute", "train.log_every", "train.save_ever
 @pytest.mark.parametrize("written", ["on", "off"])
 def test_on_and_off_are_words_though_yaml_has_them_for_booleans(tmp_path, written):
     config = _load(
-        tmp_path, f"model:\n  kernels: {written}\n  recompute: {written}\ntrain: {{cuda_graph: {written}}}\n"
+        tmp_path,
+        f"model:\n  kernels: {written}\n  recompute: {written}\ntrain: {{cuda_graph: {written}}}\n"
+        f"data: {{check: {written}}}",
     )
     assert (config.model.kernels, config.model.recompute, config.train.cuda_graph) == (written,) * 3
+    assert config.data.check == written
     assert _load(tmp_path, config_text(config)) == config
 
 

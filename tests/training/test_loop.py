@@ -16,8 +16,9 @@ from erd_fast.errors import ConfigError, RunError
 from erd_fast.report import write_report
 from erd_fast.sampling.images import save
 from erd_fast.training import loop
+from erd_fast.training.build import describe
 from erd_fast.training.config import load_config
-from erd_fast.training.loop import describe, train
+from erd_fast.training.loop import train
 from erd_fast.training.sample_run import sample_run
 from fixtures import latent_store
 from run_folders import Killed, checkpoints, die, events, same_weights, terminate
@@ -232,8 +233,7 @@ def test_metrics_are_the_last_values_with_the_size_of_the_world(tmp_path, tiny, 
 
 
 def test_latents_are_trained_without_previews(tmp_path, tiny):
-    latents = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
-    store = write_store(tmp_path / "s", [(latents, torch.arange(20) % 3)], kind="mean_std", num_classes=3, shard_size=7)
+    store = latent_store(tmp_path / "store", "mean_std", count=20, shard_size=7)
     config = tiny(data={"path": str(store.path)}, train={"sample_every": 1}, eval={"images": 10})
     result = train(config, tmp_path / "run")
     assert "class_accuracy" not in result and not (tmp_path / "run" / "samples").exists()

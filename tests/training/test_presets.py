@@ -6,8 +6,7 @@ import torch
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError
 from erd_fast.models import create_model
-from erd_fast.training.build import model_arguments
-from erd_fast.training.loop import describe, open_store
+from erd_fast.training.build import describe, model_arguments, open_store
 from erd_fast.training.presets import PRESETS, describe_presets, get_preset
 
 # Parameters of the model on the store it is for, steps, batch, betas: docs/math.md E and F.
@@ -31,7 +30,7 @@ CELEBA = {
 def stores(tmp_path_factory):
     """A store of one sample of each form."""
     folder, label = tmp_path_factory.mktemp("stores"), torch.zeros(1, dtype=torch.int64)
-    latents, pixels = torch.zeros(1, 8, 32, 32).half(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    latents, pixels = torch.randn(1, 8, 32, 32).div(0.18215).abs().half(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     write_store(folder / "imagenet", [(latents, label)], kind="mean_std", num_classes=1000, scale=(0.18215,) * 4)
     write_store(folder / "celeba", [(pixels, label)], kind="pixels", num_classes=0, flip="mirror")
     return folder

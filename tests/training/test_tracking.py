@@ -35,7 +35,9 @@ def test_wandb_runs_offline_and_goes_on_under_one_id(tmp_path, tiny, monkeypatch
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"train.track wandb: wandb is not installed: pip install 'erd-fast\[track\]'"):
+    with pytest.raises(
+        ConfigError, match=r"train.track wandb: wandb is not installed: pip install 'erd-fast\[track\]'"
+    ):
         open_tracker("wandb", tmp_path, {})
 
 
