@@ -78,7 +78,8 @@ class DataConfig:
     path: str = ""
     """Folder of a latent store or of IDX files, or the name of a bundled data set (digits)."""
     loader: Loader = "auto"
-    """resident: a copy on the device; mmap: rows read ahead from the files; auto: resident if there is room."""
+    """resident: a copy on the device; mmap: rows read ahead from the files; dali: the same by NVIDIA DALI
+    (pip install erd-fast[dali]); auto: resident if there is room, else mmap."""
 
     check: Switch = "on"
     """Look at some rows before training: numbers that are not finite, or whose std after scaling is far from 1, are

@@ -81,9 +81,9 @@ class _Run:
         config, folder = self.config, self.folder
         if not self._start_or_resume():
             return self.log.last
-        reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device))
         kernels = folder / "kernels.json"
-        rehearse(self.step, kernels)
+        needed = rehearse(self.step, kernels)
+        reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device, needed))
         self._say(self._headline(reader.name))
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
         bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())

@@ -13,10 +13,13 @@ from erd_fast.training.step import TrainStep
 _GIB = 2**30
 
 
-def rehearse(step: TrainStep, file: Path) -> None:
+def rehearse(step: TrainStep, file: Path) -> int:
     """Time what ops can run on, unless the run has stored that, on the first rank for all; load kernels; see what fits.
 
     A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
+
+    Returns:
+        Bytes that a step takes of this rank's GPU, beside what is allocated; 0 on a CPU.
 
     Raises:
         ConfigError: ``file`` does not hold choices. RunError: the micro-batch does not fit into the GPU.
@@ -24,10 +27,10 @@ def rehearse(step: TrainStep, file: Path) -> None:
     choices.forget()
     for op in OPS.values():
         op.used = None
-    chosen = step.ranks.from_first(lambda: _choose(step, file))
+    chosen, needed = step.ranks.from_first(lambda: _choose(step, file))
     choices.forget()
     choices.load(chosen, str(file))
-    step.ranks.together(lambda: None if step.ranks.first or step.device.type != "cuda" else _pass(step))
+    return step.ranks.together(lambda: needed if step.ranks.first or step.device.type != "cuda" else _pass(step))
 
 
 def write_choices(step: TrainStep, file: Path) -> None:
@@ -36,7 +39,8 @@ def write_choices(step: TrainStep, file: Path) -> None:
     write_json(file, {"device": _device_name(step), "used": used, "choices": choices.stored()})
 
 
-def _choose(step: TrainStep, file: Path) -> dict[str, dict[str, str]]:
+def _choose(step: TrainStep, file: Path) -> tuple[dict[str, dict[str, str]], int]:
+    """What ops run on, and what :func:`_pass` gives."""
     if file.exists():
         stored = read_json(file)
         if not isinstance(stored, dict):
@@ -44,14 +48,15 @@ def _choose(step: TrainStep, file: Path) -> dict[str, dict[str, str]]:
         if stored.get("device") == _device_name(step):
             choices.load(stored.get("choices"), str(file))
     with contextlib.nullcontext() if step.config.train.deterministic else choices.probing():
-        _pass(step)
-    return choices.stored()
+        needed = _pass(step)
+    return choices.stored(), needed
 
 
-def _pass(step: TrainStep) -> None:
+def _pass(step: TrainStep) -> int:
+    """Rehearse with a micro-batch. Returns the bytes that it takes beside what is allocated."""
     if step.device.type != "cuda":
         step.rehearse(step.micro_batch)
-        return
+        return 0
     try:
         needed = _peak_bytes(step, step.micro_batch) + _later_bytes(step)
     except torch.OutOfMemoryError:
@@ -61,6 +66,7 @@ def _pass(step: TrainStep) -> None:
         raise RunError(_what_fits(step, available))
     torch.cuda.empty_cache()  # a captured step has memory of its own
     torch.cuda.reset_peak_memory_stats(step.device)
+    return needed - torch.cuda.memory_allocated(step.device)
 
 
 def _what_fits(step: TrainStep, available: int) -> str:

@@ -31,7 +31,10 @@ def store(tmp_path_factory) -> LatentStore:
 
 def _losses(config, store, folder, loader: str = "resident", between=lambda graph, step: None) -> list[float]:
     step = build_step(config, store, GPU)
-    rehearse(step, folder / "kernels.json")
+    needed = rehearse(step, folder / "kernels.json")
+    # At least two moments and the average, at most the whole card.
+    parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    assert 3 * 4 * parameters <= needed < torch.cuda.get_device_properties(GPU).total_memory
     graph = StepGraph(step)
     batches = open_reader(store, loader, GPU).batches(step.plan, 0)
     losses = []
