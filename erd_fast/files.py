@@ -60,6 +60,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        partial.chmod(0o644)  # safetensors lets nobody else read what it writes
         _sync(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
@@ -92,22 +93,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        partial.chmod(0o755)
-        try:
-            os.rename(partial, path)
-        except OSError:
-            if not path.is_dir():
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            _sync(path.parent)
+        publish(partial, path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Make ``folder``, whose files are whole, ``path`` in one rename. Where that is there already it is kept, and
+    ``folder`` is removed."""
+    for file in folder.iterdir():
+        _sync(file)
+    folder.chmod(0o755)
+    try:
+        os.rename(folder, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        _sync(path.parent)
 
 
 def remove_partial(folder: Path) -> None:

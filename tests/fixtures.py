@@ -1,4 +1,4 @@
-"""Small real inputs, written by ``make fixtures``: stores of each kind, IDX files and a folder of images."""
+"""Small real inputs, written by ``make fixtures``: stores of each kind, IDX files, images, foreign formats."""
 
 import functools
 import gzip
@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import foreign
+import pictures
 from erd_fast.data import LatentKind, LatentStore, write_store
 from erd_fast.data.idx import IDX_NAMES
 from erd_fast.data.importers import import_digits
@@ -28,11 +30,21 @@ def write_fixtures(folder: Path) -> list[Path]:
         "latents-mean_std": functools.partial(latent_store, kind="mean_std"),
         "latents-mean_logvar": functools.partial(latent_store, kind="mean_logvar"),
         "idx": _idx_folder,
-        "images": _image_folder,
         "celeba": celeba_folder,
+        **pictures.COLLECTIONS,
+        "tiny_vae": pictures.tiny_vae,
+        "erd.h5": foreign.erd_hdf5,
+        "fast-dit": foreign.fast_dit,
+        "uvit": foreign.uvit,
+        "maskdit-lmdb": foreign.maskdit_lmdb,
+        "maskdit-webdataset": foreign.maskdit_webdataset,
+        "edm2.zip": foreign.edm2,
+        "repa": foreign.repa,
+        "lightningdit": foreign.lightningdit,
+        "numpy": foreign.numpy_folder,
     }
     for name, make in makers.items():
-        if not (folder / name).is_dir():
+        if not (folder / name).exists():
             make(folder / name)
     return [folder / name for name in makers]
 
@@ -69,16 +81,6 @@ def _idx_folder(path: Path) -> None:
 def idx_bytes(array: NDArray[Any]) -> bytes:
     """An array of 0 to 255 as an IDX file."""
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
-
-
-def _image_folder(path: Path) -> None:
-    """100 digits as PNG files in a folder for each class."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for number, (pixels, label) in enumerate(zip(digits.images[:100], digits.target[:100], strict=True)):
-        folder = make_folder(path / str(label))
-        Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).save(folder / f"{number:04d}.png")
 
 
 def celeba_folder(path: Path, count: int = 40) -> None:

@@ -5,19 +5,13 @@ The crop is the one of DDIM and U-ViT (arXiv 2010.02502, 2209.12152): of an alig
 do not compare by FID: ERD's public code shrinks the whole width and cuts the middle square out.
 """
 
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from tqdm import tqdm
 
-from erd_fast.data.store import LatentStore
-from erd_fast.data.writer import write_store
+from erd_fast.data.formats.source import Batches, ImportOptions, Source, in_batches
 from erd_fast.errors import DataError
 
 ALIGNED = (178, 218)  # width, height
@@ -27,26 +21,29 @@ _TRAINING = "0"  # of list_eval_partition.txt; 1 is validation, 2 is test
 _AT_ONCE = 1024
 
 
-def import_celeba(folder: Path, path: Path, partition: Path | None = None) -> LatentStore:
-    """Write the JPEG files of ``folder`` (``img_align_celeba``), by name, as a store without classes.
+def open_celeba(src: Path, options: ImportOptions) -> Source:
+    """The JPEG files of ``src`` (``img_align_celeba``), by name, without classes, mirrored at random in training.
 
-    The pixels are (3, 64, 64) uint8, mirrored at random in training.
-
-    Args:
-        partition: CelebA's ``list_eval_partition.txt``, to import its training images alone.
+    The pixels are (3, 64, 64) uint8. ``options.partition``, CelebA's ``list_eval_partition.txt``, chooses its training
+    images.
 
     Raises:
         DataError: no images, an image that is damaged or no aligned one, or a partition that is damaged or names images
             that are not there.
     """
-    files = sorted(folder.glob("*.jpg"))
+    files = sorted(src.glob("*.jpg"))
     if not files:
-        raise DataError(f"{folder}: found no *.jpg, allowed CelebA's folder img_align_celeba")
-    if partition is not None:
-        files = _training_files(folder, {file.name for file in files}, partition)
-    print(f"importing {len(files)} images of {folder}", flush=True)
-    crop = f"box {_BOX} of {ALIGNED[0]} x {ALIGNED[1]}, {_SIDE} x {_SIDE}"
-    return write_store(path, _batches(files), kind="pixels", num_classes=0, flip="mirror", crop=crop)
+        raise DataError(f"{src}: found no *.jpg, allowed CelebA's folder img_align_celeba")
+    if options.partition is not None:
+        files = _training_files(src, {file.name for file in files}, options.partition)
+    return Source(
+        batches=_batches(files),
+        kind="pixels",
+        count=len(files),
+        num_classes=0,
+        crop=f"box {_BOX} of {ALIGNED[0]} x {ALIGNED[1]}, {_SIDE} x {_SIDE}",
+        flip="mirror",
+    )
 
 
 def _training_files(folder: Path, there: set[str], partition: Path) -> list[Path]:
@@ -71,16 +68,12 @@ def _training_files(folder: Path, there: set[str], partition: Path) -> list[Path
     return [folder / name for name in names]
 
 
-def _batches(files: list[Path]) -> Iterator[tuple[Tensor, Tensor]]:
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for first in range(0, len(files), _AT_ONCE):
-            part = files[first : first + _AT_ONCE]
-            pixels = torch.from_numpy(np.stack(list(pool.map(_face, part))))
-            yield pixels.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(part), dtype=torch.int64)
-            bar.update(len(part))
+def _batches(files: list[Path]) -> Batches:
+    for _, faces in in_batches(_face, files, _AT_ONCE):
+        yield np.stack(faces).transpose(0, 3, 1, 2), np.zeros(len(faces), np.int64)
 
 
-def _face(file: Path) -> np.ndarray:
+def _face(file: Path) -> NDArray[np.uint8]:
     """(64, 64, 3) uint8."""
     try:
         with Image.open(file) as image:

@@ -1,4 +1,4 @@
-"""Data sets into stores: what ``data.path`` may name, and how it becomes a store on first use."""
+"""Data sets into stores: the formats that are imported, and what ``data.path`` may name."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from erd_fast.data.formats.convert import write_source
+from erd_fast.data.formats.source import ImportOptions
 from erd_fast.data.idx import find_idx, idx_identity, import_idx
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import write_store
@@ -25,6 +27,20 @@ def import_digits(path: Path) -> LatentStore:
     labels = torch.from_numpy(digits.target)
     names = tuple(str(name) for name in digits.target_names)
     return write_store(path, [(pixels, labels)], kind="pixels", num_classes=10, class_names=names)
+
+
+def import_dataset(name: str, src: Path, dst: Path, options: ImportOptions | None = None) -> LatentStore:
+    """Write what lies in ``src`` in the format ``name`` as a store ``dst``. Of the data a shard is held in memory.
+
+    Raises:
+        ConfigError: the format is unknown, or an option is not for it.
+        DataError: ``src`` is missing, damaged or in another format, or ``dst`` exists. Nothing is left then.
+        RunError: ``dst`` cannot be written.
+    """
+    from erd_fast.data.formats.registry import open_source  # with Pillow, which `make gpu` does without
+
+    options = options or ImportOptions()
+    return write_source(open_source(name, src, options), src, dst, options)
 
 
 BUNDLED: dict[str, Callable[[Path], LatentStore]] = {"digits": import_digits}

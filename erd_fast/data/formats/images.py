@@ -1,0 +1,38 @@
+"""Image collections as stores of pixels, without an autoencoder."""
+
+from pathlib import Path
+
+import numpy as np
+
+from erd_fast.data.decoding import Decoder
+from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source
+from erd_fast.data.pictures import CROP, Pictures, open_pictures
+from erd_fast.errors import ConfigError, DataError
+
+
+def open_images(src: Path, options: ImportOptions) -> Source:
+    """Squares around the middle of each image, (3, size, size) uint8, mirrored at random in training unless told
+    otherwise."""
+    if options.size < 1:
+        raise ConfigError(f"size: given {options.size}, allowed 1 or more")
+    pictures = open_pictures(src)
+    return Source(
+        _batches(src, pictures, options.size),
+        kind="pixels",
+        count=len(pictures),
+        num_classes=pictures.num_classes,
+        class_names=pictures.class_names,
+        crop=CROP,
+        flip=options.flip or "mirror",
+    )
+
+
+def _batches(src: Path, pictures: Pictures, size: int) -> Batches:
+    with Decoder(pictures, size) as decoder:
+        for decoded in decoder.batches(range(len(pictures)), ROWS_AT_ONCE):
+            if decoded.broken:
+                name, reason = decoded.broken[0]
+                raise DataError(f"{src}: {name} is damaged: {reason}")
+            of_all = pictures.labels
+            labels = [0 if of_all is None else of_all[i] for i in decoded.images]
+            yield decoded.pixels.permute(0, 3, 1, 2).numpy(), np.array(labels, np.int64)

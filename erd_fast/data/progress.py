@@ -1,0 +1,44 @@
+"""How far a long task is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts ``total`` things of which ``done`` were there at the start, and do not count as speed."""
+
+    def __init__(self, doing: str, total: int, done: int = 0, unit: str = "image", quiet: bool = False):
+        from tqdm import tqdm  # `make gpu` opens stores where it is not installed
+
+        self._doing, self._total, self._done, self._unit, self._quiet = doing, total, done, unit, quiet
+        shown = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=total, initial=done, desc=doing, unit=unit, disable=not shown)
+        self._began, self._first, self._told = time.monotonic(), done, time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        if error is None:
+            self._tell()
+
+    def count(self, more: int) -> None:
+        """So many more are done."""
+        self._done += more
+        self._bar.update(more)
+        if time.monotonic() - self._told >= _EVERY_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        if self._quiet or not self._bar.disable or self._done == self._first:
+            return
+        rate = (self._done - self._first) / (self._told - self._began)
+        minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
+        left = f"{minutes}:{seconds:02d} left"
+        print(f"{self._doing} {self._done:,}/{self._total:,}  {rate:.1f} {self._unit}s/s  {left}", flush=True)
