@@ -58,7 +58,7 @@ def _spreads(axes: "Axes", store: LatentStore, measured: Statistics) -> None:
 
 def _classes(axes: "Axes", store: LatentStore, measured: Statistics) -> None:
     counts = torch.bincount(store.labels, minlength=store.manifest.num_classes).sort(descending=True).values
-    axes.fill_between(np.arange(len(counts)), counts.numpy(), step="mid", color=_MUTED)
+    axes.bar(np.arange(len(counts)), counts.numpy(), width=0.8 if len(counts) <= 100 else 1.0, color=_MUTED)
     axes.set_title(f"samples of each of {len(counts):,} classes, most first", loc="left", fontsize=9)
     axes.set(xlabel="class", ylabel="samples")
     axes.set_ylim(bottom=0)
