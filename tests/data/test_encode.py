@@ -186,56 +186,62 @@ def _encode_as_rank(rank: int, size: int, given: Path, dst: Path) -> None:
     _encode(given, dst)
 
 
-def _renames(given: Path, folder: Path, number: int) -> None:
-    for kill in range(number):
-        os.waitpid(_fork(_die_at_rename, kill, given, folder / f"{kill:02d}"), 0)
+def _die_at_renames(given: Path, folder: Path) -> None:
+    for kill in range(RENAMES + 1):
+        os.waitpid(_fork(_die_at_rename, kill, given, folder / f"rename-{kill:02d}"), 0)
 
 
-def _moments(given: Path, folder: Path, number: int) -> None:
-    for kill in range(number):
-        process = _fork(_encode, given, folder / f"{kill:02d}")
-        time.sleep(random.Random(kill).uniform(0, 0.6))
+def _die_at_moments(given: Path, folder: Path) -> None:
+    for kill in range(KILLS):
+        process = _fork(_encode, given, folder / f"moment-{kill:02d}")
+        time.sleep(random.Random(kill).uniform(0, 0.5))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
 
 
-def _ranks(given: Path, folder: Path, number: int) -> None:
-    for process in [_fork(_encode_as_rank, rank, number, given, folder / "store") for rank in range(number)]:
-        assert os.waitpid(process, 0)[1] == 0
+def _encode_side_by_side(given: Path, folder: Path) -> None:
+    for size in SIZES:
+        ranks = [_fork(_encode_as_rank, rank, size, given, folder / f"ranks-{size}") for rank in range(size)]
+        assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0] * size
 
 
-def _apart(what, given: Path, folder: Path, number: int) -> None:
-    """Call ``what`` in a process of its own."""
+RENAMES = 1 + 2 * 3 + 3 + 1  # settings; shards and their notes; encode.json, manifest, contact sheet; the store
+KILLS, SIZES = 6, (2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def disturbed(given, tmp_path_factory) -> Path:
+    """A folder with what processes left that were killed, and with what several made together."""
+    folder = tmp_path_factory.mktemp("disturbed")
     tests = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, what.__name__, str(given), str(folder), str(number)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, __file__, str(given), str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
+    return folder
 
 
-def test_killed_before_any_of_its_renames_it_goes_on_to_the_same_bytes(given, whole, tmp_path):
-    renames = 1 + 2 * 3 + 3 + 1  # settings; shards and their notes; encode.json, manifest, contact sheet; the store
-    _apart(_renames, given, tmp_path, renames + 1)
-    assert [path.name for path in sorted(tmp_path.glob("[0-9]*"))] == [f"{renames:02d}"]  # nothing half-written
-    for kill in range(renames + 1):
-        _encode(given, tmp_path / f"{kill:02d}")
-        assert _content(tmp_path / f"{kill:02d}") == whole, f"killed before rename {kill}"
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("kill", range(RENAMES + 1))
+def test_killed_before_any_of_its_renames_it_goes_on_to_the_same_bytes(given, whole, disturbed, kill):
+    store = disturbed / f"rename-{kill:02d}"
+    assert store.exists() == (kill == RENAMES)  # nothing half-written
+    _encode(given, store)
+    assert _content(store) == whole
+    assert not list(disturbed.glob(f".{store.name}*"))
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(given, whole, tmp_path):
-    _apart(_moments, given, tmp_path, 6)
-    for kill in range(6):
-        _encode(given, tmp_path / f"{kill:02d}")
-        assert _content(tmp_path / f"{kill:02d}") == whole
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(given, whole, disturbed, kill):
+    store = disturbed / f"moment-{kill:02d}"
+    _encode(given, store)
+    assert _content(store) == whole
+    assert not list(disturbed.glob(f".{store.name}*"))
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_several_processes_make_the_same_bytes(given, whole, tmp_path, size):
-    _apart(_ranks, given, tmp_path, size)
-    assert _content(tmp_path / "store") == whole
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("size", SIZES)
+def test_several_processes_make_the_same_bytes(whole, disturbed, size):
+    assert _content(disturbed / f"ranks-{size}") == whole
+    assert not list(disturbed.glob(f".ranks-{size}*"))
 
 
 def test_what_is_finished_is_not_encoded_again(given, whole, tmp_path, monkeypatch, capsys):
@@ -456,5 +462,7 @@ def test_the_command_says_what_it_wrote(given, whole, tmp_path, capsys):
 
 
 if __name__ == "__main__":
+    from diffusers import AutoencoderKL  # noqa: F401 - once for all that are forked
 
-    globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    for disturb in (_die_at_renames, _die_at_moments, _encode_side_by_side):
+        disturb(Path(sys.argv[1]), Path(sys.argv[2]))
