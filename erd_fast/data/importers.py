@@ -10,7 +10,7 @@ from erd_fast.data.formats.convert import write_source
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.data.idx import find_idx, idx_identity, import_idx
 from erd_fast.data.store import LatentStore
-from erd_fast.data.writer import write_store
+from erd_fast.data.writer import refuse_existing, write_store
 from erd_fast.errors import DataError, unknown_name
 from erd_fast.files import cache_folder
 
@@ -39,6 +39,7 @@ def import_dataset(name: str, src: Path, dst: Path, options: ImportOptions | Non
     """
     from erd_fast.data.formats.registry import open_source  # with Pillow, which `make gpu` does without
 
+    refuse_existing(dst)  # before millions of files are listed
     options = options or ImportOptions()
     return write_source(open_source(name, src, options), src, dst, options)
 

@@ -43,8 +43,7 @@ def write_store(
     path = Path(path)
     if shard_size < 1:
         raise DataError(f"shard_size: given {shard_size}, allowed 1 or more")
-    if path.exists():
-        raise DataError(f"{path} exists already; stores are never changed, so name a new folder")
+    refuse_existing(path)
     shards: list[Shard] = []
     example: Tensor | None = None
     largest = 0
@@ -57,6 +56,12 @@ def write_store(
         classes = largest + 1 if num_classes is None else num_classes
         write_manifest(folder, shards, example, kind=kind, num_classes=classes, **described)
     return LatentStore(path, verify=False)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise DataError where something is there already."""
+    if path.exists():
+        raise DataError(f"{path} exists already; stores are never changed, so name a new folder")
 
 
 def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> Shard:

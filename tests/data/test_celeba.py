@@ -6,7 +6,8 @@ from PIL import Image
 
 from erd_fast import cli
 from erd_fast.data import LatentStore, celeba
-from erd_fast.data.celeba import import_celeba
+from erd_fast.data.formats.source import ImportOptions
+from erd_fast.data.importers import import_dataset
 from erd_fast.errors import DataError
 from fixtures import celeba_folder
 
@@ -15,6 +16,10 @@ from fixtures import celeba_folder
 def faces(tmp_path):
     celeba_folder(tmp_path / "faces", count=5)
     return tmp_path / "faces"
+
+
+def import_celeba(folder, path, partition=None):
+    return import_dataset("celeba", folder, path, ImportOptions(partition=partition))
 
 
 def test_the_store_holds_the_box_around_the_face(faces, tmp_path, monkeypatch):
@@ -92,7 +97,7 @@ def test_an_image_that_is_no_aligned_face_is_named(faces, tmp_path, damage):
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"found no \*\.jpg, allowed CelebA's folder img_align_celeba"):
         import_celeba(tmp_path, tmp_path / "store")
-    with pytest.raises(DataError, match="found no"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         import_celeba(tmp_path / "nowhere", tmp_path / "store")
 
 

@@ -92,7 +92,8 @@ def _mapped(file: Path) -> _Rows:
         raise DataError(f"{file} is truncated or damaged: {size - begin} bytes for {header.dtype} {header.shape}")
 
     def parts() -> Iterator[NDArray[Any]]:
-        array = np.memmap(file, header.dtype, "r", begin, header.shape, header.order)
+        with reading(file):
+            array = np.memmap(file, header.dtype, "r", begin, header.shape, header.order)
         for first in range(0, len(array), ROWS_AT_ONCE):
             yield array[first : first + ROWS_AT_ONCE]
 

@@ -43,6 +43,7 @@ from erd_fast.errors import DataError
 from erd_fast.extras import load
 
 _CHANNELS = 8
+_DIGITS = 19
 _TAR_END = 1024
 _NUMBER = re.compile(r"(\d+)\.tar$")
 
@@ -108,7 +109,7 @@ def _integer(value: Any, name: str) -> int:
     if value is None:
         raise DataError(f"{name} is missing")
     digits = bytes(value)
-    if not digits.isdigit():
+    if not digits.isdigit() or len(digits) > _DIGITS:
         raise DataError(f"{name} is {digits[:20]!r}, allowed decimal digits")
     return int(digits)
 
@@ -170,8 +171,9 @@ def _tar_groups(tariterators: ModuleType, file: Path) -> Iterator[dict[str, Any]
             yield from tariterators.group_by_keys(
                 tariterators.tar_file_expander([{"url": str(file), "stream": stream}])
             )
-    except (tarfile.TarError, EOFError, ValueError) as error:  # webdataset adds to their arguments
-        raise DataError(f"{file} cannot be read as a tar file: {error.args[0]}") from error
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        reason = error if isinstance(error, OSError) else error.args[0]  # to which webdataset has added arguments
+        raise DataError(f"{file} as a tar file cannot be read: {reason}") from error
 
 
 def _check_end(stream: IO[bytes], file: Path) -> None:
