@@ -188,7 +188,7 @@ def test_an_option_that_a_format_has_no_use_for_is_refused(name, refused, tmp_pa
         ("erd-h5 src out/store", 2, r"unknown format 'erd-h5' \(did you mean 'erd-hdf5'\?\); allowed: erd-hdf5, fast"),
         ("repa none out/store", 1, "none does not exist"),
         ("repa src out/store", 1, r"src has no dataset\.json, allowed a folder or zip file with it"),
-        ("repa src src", 1, r"src has no dataset\.json"),
+        ("repa src src", 1, "src exists already"),
         ("repa good good", 1, "good exists already; stores are never changed, so name a new folder"),
         ("repa good out/store --num-classes 0", 2, "num_classes: given 0, allowed 1 or more"),
         ("repa good out/store --num-classes 9", 1, "good: given label 9 of sample 22, allowed 0 to 8"),
