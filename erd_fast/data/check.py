@@ -20,7 +20,7 @@ from erd_fast.data.check_picture import draw_statistics
 from erd_fast.data.statistics import Statistics, digests, measure, measure_some, total
 from erd_fast.data.store import LatentStore
 from erd_fast.errors import DataError
-from erd_fast.files import write_bytes
+from erd_fast.files import read_json, write_bytes
 
 SCALED_STD = (0.5, 2.0)
 """Overall std of what a model is trained on that is taken for right. Schedules and weights are made for 1; latents that
@@ -57,6 +57,7 @@ def check_store(path: str | Path, picture: Path | None = None) -> None:
     print(store.describe())
     print(_table(store, measured))
     findings = [*judge(store, measured), *_judge_rows(rows), *judge_labels(store), *_judge_folder(store)]
+    findings += _judge_source(store)
     for finding in findings:
         print(f"{'error' if finding.error else 'warning'}: {finding.text}")
     picture = picture or _beside(store.path)
@@ -196,6 +197,15 @@ def _judge_folder(store: LatentStore) -> Iterator[Finding]:
     names = Counter(shard.sha256 for shard in store.manifest.shards)
     if (repeated := len(store.manifest.shards) - len(names)) > 0:
         yield Finding(True, f"{repeated} shards have the content of another one")
+
+
+def _judge_source(store: LatentStore) -> Iterator[Finding]:
+    """What `data encode` noted."""
+    note = store.path / "encode.json"
+    broken = read_json(note).get("broken", []) if note.is_file() else []
+    if broken:
+        name, reason = broken[0]
+        yield Finding(False, f"{len(broken):,} images were damaged and are left out, first {name} ({reason})")
 
 
 def _measure_all(store: LatentStore) -> tuple[Statistics, np.ndarray]:

@@ -188,6 +188,14 @@ def test_images_missing_of_imagenet_are_a_warning(tmp_path, count, flip, said):
     assert [finding.text for finding in judge_labels(store)] == said
 
 
+def test_images_that_encode_left_out_are_told(tmp_path, capsys):
+    store = _store(tmp_path / "store", _latents())
+    (store.path / "encode.json").write_text(json.dumps({"broken": [["a/1.jpg", "truncated"], ["b/2.jpg", "empty"]]}))
+    check_store(store.path)
+    told = "warning: 2 images were damaged and are left out, first a/1.jpg (truncated)"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 def test_an_altered_shard_ends_the_check(tmp_path):
     store = _store(tmp_path / "store", _latents())
     file = store.path / "shard-00001.safetensors"
