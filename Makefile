@@ -6,13 +6,13 @@
 # make soak    what takes longer than a test may: runs with kernels and without learn alike
 # make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
 # make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops and step; PART=tests, ops,
-#              attention or step is one
+#              attention, step or data is one
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention gpu-step wheel \
-    wheel-check clean
+.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
+    wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.core
@@ -51,13 +51,14 @@ lint: dev
 	$(BIN)/mypy erd_fast tests/fixtures.py
 	$(BIN)/mypy kernels
 
-fixtures: setup
+fixtures: dev
 	$(BIN)/python tests/fixtures.py out/fixtures
 
 bench: dev
 	$(BIN)/python bench/run.py ops
 	$(BIN)/python bench/run.py attention
 	$(BIN)/python bench/run.py step
+	$(BIN)/python bench/run.py data
 	$(BIN)/python bench/tables.py
 
 gpu: $(addprefix gpu-,$(or $(PART),tests ops step))
@@ -67,7 +68,7 @@ gpu-install:
 	    { echo "make gpu: $(PYTHON) has no torch that sees a CUDA device"; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
-gpu-tests gpu-ops gpu-attention gpu-step: gpu-%: gpu-install
+gpu-tests gpu-ops gpu-attention gpu-step gpu-data: gpu-%: gpu-install
 	$(PYTHON) bench/run.py $*
 
 wheel: dev

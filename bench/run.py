@@ -1,4 +1,4 @@
-"""Measure or test on this machine, as make does: ``python bench/run.py ops|attention|step|tests``.
+"""Measure or test on this machine, as make does: ``python bench/run.py ops|attention|step|data|tests``.
 
 Results go to ``bench/results/<machine>/<part>.json``, and a short table comes last.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from erd_fast.benchmark import step_report
+from erd_fast.benchmark import data_report, step_report
+from erd_fast.benchmark.data import bench_data
 from erd_fast.benchmark.ops import bench
 from erd_fast.benchmark.records import Record, collect, machine, machine_name, table
 from erd_fast.benchmark.step import bench_step
@@ -25,6 +26,7 @@ TESTED = (
     "tests/ops",
     "tests/csrc",
     "tests/kernels",
+    "tests/data/test_gpu.py",
     "tests/models/test_gpu.py",
     "tests/training/test_gpu.py",
     "tests/benchmark/test_gpu.py",
@@ -49,6 +51,11 @@ def step(file: Path) -> int:
     """`erd-fast bench step`."""
     measuring = bench_step(limit=STEP_SECONDS if torch.cuda.is_available() else None)
     return _measured(file, measuring, step_report.table)
+
+
+def data(file: Path) -> int:
+    """`erd-fast bench data`."""
+    return _measured(file, bench_data(), data_report.table)
 
 
 def _measured(file: Path, measuring: Iterable[Record], written: Callable[[list[Record]], str] = table) -> int:
@@ -91,7 +98,13 @@ class Outcomes:
             self.failed.append(report.nodeid)
 
 
-PARTS: dict[str, Callable[[Path], int]] = {"ops": ops, "attention": attention, "step": step, "tests": tests}
+PARTS: dict[str, Callable[[Path], int]] = {
+    "ops": ops,
+    "attention": attention,
+    "step": step,
+    "data": data,
+    "tests": tests,
+}
 
 
 def main() -> int:

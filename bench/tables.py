@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: GROUP -->`` and ``<!-- end -->``, for each machine that measured the group;
 ``<!-- table: GROUP PART -->`` takes the cases alone whose name contains PART. ``<!-- table: step -->`` has images a
-second, of ours and the baselines, of every model whose step was measured. ``<!-- table: models -->`` is that of the
-models' sizes, which are counted and not measured.
+second, of ours and the baselines, of every model whose step was measured; ``<!-- table: data -->`` all of reading
+latents. ``<!-- table: models -->`` is that of the models' sizes, which are counted and not measured.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from erd_fast.benchmark.data_variants import BASELINES
 from erd_fast.benchmark.step_baselines import RECIPES
 from erd_fast.benchmark.step_ours import OURS
 from erd_fast.models import MODELS, create_model, model_flops
@@ -51,7 +52,7 @@ def render(text: str, results: Results) -> str:
         if group == "models":
             return begin + _models() + end
         wanted = re.compile(rf"{re.escape(part)}(?!\d)" if part else "")  # N=8 is not N=8192
-        table = _steps if group == "step" else _step if group.startswith("step/") else _table
+        table = WHOLE.get(group, _step if group.startswith("step/") else _table)
         tables = [table(path, content, group, wanted) for path, content in results.items()]
         return begin + ("\n".join(filter(None, tables)) or "Not measured.\n") + end
 
@@ -145,6 +146,42 @@ def _steps(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]
         fastest = max((rows[name] for name in names if name in rows), key=lambda r: r["images_per_sec"], default=None)
         lines.append(_row([model.removeprefix("step/"), case, *rates, _times(rows.get(OURS), fastest)]))
     return "\n".join(lines) + "\n"
+
+
+DATA_COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "latents/s": ("data/read", "latents_per_sec", "{:,.0f}".format),
+    "CPU ms per 1000": ("data/read", "cpu_ms_per_1k", lambda value: _short(value)),
+    "MiB kept": ("data/memory", "growth_bytes", lambda count: f"{count / 2**20:.1f}"),
+    "{case} waits": ("data/pace", "wait_pct", "{:.2f}%".format),
+    "{case} trained waits": ("data/step", "wait_pct", "{:.2f}%".format),
+    "{case} images/s": ("data/step", "images_per_sec", lambda rate: _short(rate)),
+}
+"""Columns of reading latents, for each case: group, which number of a record, and how it is written."""
+
+
+def _data(path: str, content: dict[str, Any], group: str, part: re.Pattern[str]) -> str:
+    """One machine's table of reading latents, a row for each variant."""
+    records = [record for record in content["records"] if record["group"].startswith("data/")]
+    if not records:
+        return ""
+    variants = dict.fromkeys(record["variant"] for record in records)
+    columns: dict[str, dict[str, str]] = {}
+    for head, (group, key, write) in DATA_COLUMNS.items():
+        for record in records:
+            if record["group"] == group:
+                columns.setdefault(head.format(case=record["case"]), {})[record["variant"]] = write(record[key])
+    rates = {r["variant"]: r["latents_per_sec"] for r in records if r["group"] == "data/read"}
+    for base in BASELINES:
+        if base in rates:
+            columns[f"x {base}"] = {name: _short(rate / rates[base]) for name, rate in rates.items()}
+    lines = [_caption(path, content["machine"]), "", _row(["reader", *columns])]
+    lines += [_row(["---", *["--:"] * len(columns)])]
+    lines += [_row([name, *(column.get(name, "") for column in columns.values())]) for name in variants]
+    return "\n".join(lines) + "\n"
+
+
+WHOLE = {"step": _steps, "data": _data}
+"""Tables of more than one group."""
 
 
 def _times(ours: dict[str, Any] | None, other: dict[str, Any] | None) -> str:

@@ -47,6 +47,15 @@ class Record:
     pass alone what its forward pass kept."""
     batch: int | None = None
     """Images of a step, where every variant takes as many as it can."""
+    latents_per_sec: float | None = None
+    cpu_ms_per_1k: float | None = None
+    """Milliseconds of CPU, on all cores and in all processes, that reading 1000 latents takes."""
+    processes: int | None = None
+    """That read, beside the one that is timed."""
+    wait_pct: float | None = None
+    """Part of a training step's time that it waits for its batch."""
+    growth_bytes: int | None = None
+    """Anonymous memory that was taken and not given back."""
 
 
 def machine() -> dict[str, Any]:

@@ -52,7 +52,7 @@ def interleaved(samplers: Sequence[Sampler], seconds: float = 0.3, least_runs: i
         due = [i for i, wanted in enumerate(runs) if (number + 1) * wanted // rounds > number * wanted // rounds]
         for i in reversed(due) if number % 2 else due:
             samples[i].append(samplers[i].take())
-    return [_timing(found) for found in samples]
+    return [timing_of(found) for found in samples]
 
 
 def _warm_up(sampler: Sampler, seconds: float, least_runs: int) -> int:
@@ -64,7 +64,8 @@ def _warm_up(sampler: Sampler, seconds: float, least_runs: int) -> int:
     return min(max(round(seconds / cost), least_runs), _MOST_RUNS)
 
 
-def _timing(samples: Sequence[float]) -> Timing:
+def timing_of(samples: Sequence[float]) -> Timing:
+    """Of two samples or more."""
     low, median, high = statistics.quantiles(samples, n=4)
     return Timing(median, high - low, len(samples))
 

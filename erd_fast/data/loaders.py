@@ -1,36 +1,17 @@
 """Readers of a store: one protocol, the same batches for one seed whichever reads them."""
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from erd_fast.data.dali import DaliReader
+from erd_fast.data.reading import Batch, Made, Plan, Reader, read_ahead
 from erd_fast.data.store import LatentStore
 
-Loader = Literal["auto", "resident", "mmap"]
-_LOOK_AHEAD = 2
-
-
-class Batch(NamedTuple):
-    """What a reader hands to a step."""
-
-    latents: Tensor  # stored rows on the device: all of them if ``resident``, else those of this batch
-    labels: Tensor  # int64, in the order of ``latents``
-    resident: bool  # True: the step picks rows by the drawn sample index
-
-
-class Reader(Protocol):
-    """A source of batches. ``plan(i)`` gives the (N,) sample indices of batch i as a CPU tensor."""
-
-    name: str
-
-    def batches(self, plan: Callable[[int], Tensor], start: int) -> Generator[Batch, None, None]:
-        """Batches ``start``, ``start + 1``, ... without end."""
-        ...
+Loader = Literal["auto", "resident", "mmap", "dali"]
 
 
 class ResidentReader:
@@ -47,7 +28,7 @@ class ResidentReader:
             filled += len(shard)
         self._batch = Batch(latents, store.labels.to(device), True)
 
-    def batches(self, plan: Callable[[int], Tensor], start: int) -> Generator[Batch, None, None]:
+    def batches(self, plan: Plan, start: int) -> Generator[Batch, None, None]:
         while True:
             yield self._batch
 
@@ -55,53 +36,71 @@ class ResidentReader:
 class MmapReader:
     """Rows copied from the mapped shards by a thread that looks ahead; one copy of the data a node, in the page cache.
 
-    On a GPU the rows go through pinned memory and a copy stream of their own, so copies overlap the step.
+    On a GPU the thread puts them into pinned memory and copies them from there on a stream of its own, so that copies
+    overlap the step.
     """
 
     name = "mmap"
 
     def __init__(self, store: LatentStore, device: torch.device):
         self._store, self._device = store, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def batches(self, plan: Callable[[int], Tensor], start: int) -> Generator[Batch, None, None]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mmap-reader") as pool:
-            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
-            number = start
-            try:
-                while True:
-                    while len(ahead) <= _LOOK_AHEAD:
-                        ahead.append(pool.submit(self._read, plan, number))
-                        number += 1
-                    yield self._to_device(*ahead.popleft().result())
-            finally:
-                for future in ahead:
-                    future.cancel()
+    def batches(self, plan: Plan, start: int) -> Generator[Batch, None, None]:
+        if self._device.type == "cpu":
+            return read_ahead(lambda number: self._read(plan(number)), start, "mmap-reader")
+        stream = torch.cuda.Stream(self._device)
+        stages = [_PinnedStage(self._store, stream) for _ in range(2)]  # one is filled while the other is copied
+        return read_ahead(lambda number: stages[number % 2].read(plan(number)), start, "mmap-reader")
 
-    def _read(self, plan: Callable[[int], Tensor], number: int) -> tuple[Tensor, Tensor]:
-        index = plan(number)
-        latents, labels = self._store.gather(index), self._store.labels[index]
-        return (latents.pin_memory(), labels.pin_memory()) if self._stream else (latents, labels)
+    def _read(self, index: Tensor) -> Made:
+        return Made(Batch(self._store.gather(index), self._store.labels[index], False), None)
 
-    def _to_device(self, latents: Tensor, labels: Tensor) -> Batch:
-        if self._stream is None:
-            return Batch(latents, labels, False)
+
+class _PinnedStage:
+    """Pinned memory for the rows of a batch on their way to a GPU, used again and again: making it costs too much."""
+
+    def __init__(self, store: LatentStore, stream: torch.cuda.Stream):
+        self._store, self._stream = store, stream
+        self._copied = torch.cuda.Event(blocking=True)  # which a thread awaits without using a core
+        self._latents = self._labels = torch.empty(0)
+
+    def read(self, index: Tensor) -> Made:
+        self._copied.synchronize()  # what was here before
+        if len(self._latents) != len(index):
+            shard = next(self._store.shards())
+            self._latents = torch.empty((len(index), *shard.shape[1:]), dtype=shard.dtype, pin_memory=True)
+            self._labels = torch.empty(len(index), dtype=torch.int64, pin_memory=True)
+        self._store.gather(index, self._latents)
+        torch.index_select(self._store.labels, 0, index, out=self._labels)
         with torch.cuda.stream(self._stream):
-            moved = [tensor.to(self._device, non_blocking=True) for tensor in (latents, labels)]
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for tensor in moved:
-            tensor.record_stream(current)
-        return Batch(moved[0], moved[1], False)
+            latents, labels = (tensor.cuda(non_blocking=True) for tensor in (self._latents, self._labels))
+            self._copied.record()
+            return Made(Batch(latents, labels, False), self._stream.record_event())
 
 
-def open_reader(store: LatentStore, loader: Loader, device: torch.device) -> Reader:
-    """The reader called ``loader``; ``auto`` is resident if a copy takes at most half of the free memory, else
-    mmap."""
+_READERS: dict[str, Callable[[LatentStore, torch.device], Reader]] = {
+    "resident": ResidentReader,
+    "mmap": MmapReader,
+    "dali": DaliReader,
+}
+
+_ROOM = {"cuda": 0.9, "cpu": 0.5}
+"""Part of the free memory that a copy may take. Buckets of reductions and pages of files want some too."""
+
+
+def open_reader(store: LatentStore, loader: Loader, device: torch.device, needed: int = 0) -> Reader:
+    """The reader called ``loader``. ``auto`` is resident if a copy takes at most 90 % of a GPU's memory, or half of a
+    CPU's, that is free beside the ``needed`` bytes of a step; else mmap, which is faster than dali (docs/benchmarks.md,
+    "Reading latents").
+
+    Raises:
+        ConfigError: dali, and NVIDIA DALI is not installed.
+    """
     if loader == "auto":
         size = sum(shard.nbytes for shard in store.shards())
-        loader = "resident" if 2 * size <= _free_bytes(device) else "mmap"
-    return ResidentReader(store, device) if loader == "resident" else MmapReader(store, device)
+        room = _ROOM[device.type] * (_free_bytes(device) - needed)
+        loader = "resident" if size <= room else "mmap"
+    return _READERS[loader](store, device)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from erd_fast.data.manifest import Shard, read_manifest
@@ -46,6 +47,7 @@ class LatentStore:
         self._first_rows = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
         mapped = [self._map_shard(shard) for shard in self.manifest.shards]
         self._latents = [latents for latents, _ in mapped]
+        self._rows = [_bytes_of_rows(latents) for latents in self._latents]
         self.labels = torch.cat([labels for _, labels in mapped]).long()
         self._check_labels()
         total = sum(shard.bytes for shard in self.manifest.shards)
@@ -91,15 +93,17 @@ class LatentStore:
                     f"{shard.sha256[:12]}...; restore the file or make the store again"
                 )
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Stored rows of ``index`` ((N,) int64), copied from the mapped files: (N, C or 2C, H, W)."""
-        if len(self._latents) == 1:
-            return self._latents[0][index]
-        rows = torch.empty((len(index), *self._latents[0].shape[1:]), dtype=self._latents[0].dtype)
-        shard_of = np.searchsorted(self._first_rows, index.numpy(), side="right") - 1
+    def gather(self, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """Stored rows of ``index`` ((N,) int64), copied from the mapped files: (N, C or 2C, H, W), which is ``out``, if
+        given: contiguous, of the store's dtype."""
+        first = self._latents[0]
+        rows = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype) if out is None else out
+        # NumPy copies whole rows, and on the calling thread alone: PyTorch's threads would take the cores of a step.
+        target, wanted = _bytes_of_rows(rows), index.numpy()
+        shard_of = np.searchsorted(self._first_rows, wanted, side="right") - 1
         for number in np.unique(shard_of):
-            places = torch.from_numpy(np.flatnonzero(shard_of == number))
-            rows[places] = self._latents[number][index[places] - int(self._first_rows[number])]
+            places = np.flatnonzero(shard_of == number)
+            target[places] = self._rows[number][wanted[places] - self._first_rows[number]]
         return rows
 
     def shards(self) -> Iterator[Tensor]:
@@ -147,6 +151,12 @@ def _map_tensor(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Te
         raise DataError(f"{file}: {name}: {end - begin} bytes for {dtype} {shape}: the shard was altered")
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _bytes_of_rows(latents: Tensor) -> NDArray[np.uint8]:
+    """The same memory as (n, bytes of a row)."""
+    size = latents.shape[1:].numel() * latents.element_size()
+    return latents.view(torch.uint8).view(len(latents), size).numpy()
 
 
 def sha256_of(file: Path) -> str:

@@ -146,6 +146,35 @@ def test_the_readme_compares_ours_with_the_baselines_alone(tables):
     assert tables.render("<!-- table: step -->\n<!-- end -->", RESULTS).splitlines()[1] == "Not measured."
 
 
+def data_record(group: str, case: str, variant: str, **numbers: float) -> dict[str, object]:
+    made = record(group, case, variant, "", 1e-3, 0.0)
+    del made["gb_per_s"]
+    return {**made, **numbers}
+
+
+DATA = [
+    data_record("data/read", "N=256", "mmap", latents_per_sec=128_000.0, cpu_ms_per_1k=4.0),
+    data_record("data/read", "N=256", "hdf5", latents_per_sec=2000.0, cpu_ms_per_1k=812.3, processes=2),
+    data_record("data/pace", "DiT-S/2", "mmap", wait_pct=0.25),
+    data_record("data/pace", "DiT-S/2", "hdf5", wait_pct=76.5),
+    data_record("data/pace", "DiT-XL/2", "mmap", wait_pct=0.0),
+    data_record("data/memory", "3 epochs", "mmap", growth_bytes=3 << 20),
+    data_record("data/step", "DiT-B/2 N=256", "mmap", wait_pct=0.5, images_per_sec=3000.0),
+]
+
+
+def test_reading_has_a_row_for_each_reader(tables):
+    results = {"x/data.json": {"machine": MACHINE, "records": DATA}}
+    head, _, mmap, hdf5 = tables.render("<!-- table: data -->\n<!-- end -->", results).splitlines()[3:7]
+    assert head.split(" | ") == [
+        *("| reader", "latents/s", "CPU ms per 1000", "MiB kept", "DiT-S/2 waits", "DiT-XL/2 waits"),
+        *("DiT-B/2 N=256 trained waits", "DiT-B/2 N=256 images/s", "x hdf5 |"),
+    ]
+    assert mmap == "| mmap | 128,000 | 4 | 3.0 | 0.25% | 0.00% | 0.50% | 3000 | 64 |"
+    assert hdf5 == "| hdf5 | 2,000 | 812 |  | 76.50% |  |  |  | 1 |"
+    assert tables.render("<!-- table: data -->\n<!-- end -->", RESULTS).splitlines()[1] == "Not measured."
+
+
 def test_what_nobody_measured_is_said(tables):
     region = "<!-- table: ops/draw -->\nsomething typed\n<!-- end -->\n"
     assert tables.render(region, RESULTS) == "<!-- table: ops/draw -->\nNot measured.\n<!-- end -->\n"

@@ -97,6 +97,8 @@ def test_gather_across_shards_is_indexing(tmp_path, store, index):
     whole = _write(tmp_path / "whole", shard_size=100)
     assert torch.equal(store.gather(index), _latents()[index])
     assert torch.equal(whole.gather(index), _latents()[index])
+    given = torch.full((len(index), 2, 3, 4), float("nan"), dtype=torch.float16)
+    assert store.gather(index, given) is given and torch.equal(given, _latents()[index])
 
 
 def test_gathered_rows_are_copies_and_nothing_reaches_the_files(store):
