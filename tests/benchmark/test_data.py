@@ -149,11 +149,12 @@ def test_memory_that_is_kept_is_seen():
 
     def batches() -> Iterator[Batch]:
         while True:
-            kept.append(torch.ones(10 << 20))  # more than the allocator has at hand
+            kept.append(torch.ones(16 << 20))  # more than the allocator has at hand
             yield _batch()
 
     (record,) = data._growth([Variant("leaks", batches(), 1)], data.DataCase("data/memory", "3 epochs"), 0.0)
-    assert len(kept) == 3 and record.growth_bytes == pytest.approx(3 * (40 << 20), abs=8 << 20)
+    # What tests before this one have left may be given back meanwhile.
+    assert len(kept) == 3 and record.growth_bytes == pytest.approx(3 * (64 << 20), abs=48 << 20)
 
 
 def _spin(stop) -> None:
