@@ -93,7 +93,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield partial
-        publish(partial, path)
+        partial.chmod(0o755)
+        try:
+            _rename_whole(partial, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -102,19 +108,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Make ``folder``, whose files are whole, ``path`` in one rename. Where that is there already it is kept, and
-    ``folder`` is removed."""
+    """A folder whose files are whole becomes ``path`` in one rename. Raises RunError where that fails, as where
+    something else is there; the folder stays then."""
+    try:
+        _rename_whole(folder, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _rename_whole(folder: Path, path: Path) -> None:
     for file in folder.iterdir():
         _sync(file)
-    folder.chmod(0o755)
-    try:
-        os.rename(folder, path)
-    except OSError:
-        if not path.is_dir():
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        _sync(path.parent)
+    _sync(folder)
+    os.rename(folder, path)
+    _sync(path.parent)
 
 
 def remove_partial(folder: Path) -> None:

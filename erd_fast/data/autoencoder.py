@@ -1,115 +1,178 @@
 """The autoencoder of latents: diffusers' AutoencoderKL, from a folder or the Hugging Face hub."""
 
 import hashlib
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from erd_fast.data.manifest import LatentKind
 from erd_fast.errors import DataError
 from erd_fast.extras import load
-from erd_fast.files import read_json
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+_Found = TypeVar("_Found")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Posterior(NamedTuple):
+    """What an encoder says of images: a normal distribution for each number of their latents, (n, C, h, w) float32."""
+
+    mean: Tensor
+    std: Tensor
+    logvar: Tensor
 
 
 class Autoencoder:
     """Pixels to latents, and back.
 
     Args:
-        source: a folder of an AutoencoderKL, or of a pipeline that has one as ``vae``; or a name on the hub.
+        source: a folder of an AutoencoderKL, or of a pipeline that has one as ``vae``; or an ID of the hub.
         device, precision: of what it computes.
 
     Attributes:
-        name: of the manifest: the folder's or hub's name, and the beginning of a hash of the weights.
+        name: for the manifest: the folder's name or the ID, and the beginning of a hash of the weights.
         channels: C of the latents.
-        factor: pixels of a side over numbers of a side.
-        scale, shift: x0 = (z - shift) * scale for each channel, of its configuration; shift is empty where it has none.
+        factor: H / h = W / w.
+        scale, shift: x0 = (z - shift) * scale for each channel, as its configuration says; shift is empty for 0.
 
     Raises:
         DataError: there is no such autoencoder. ConfigError: diffusers is not installed.
     """
 
     def __init__(self, source: str, device: torch.device, precision: Precision):
-        self._device, self._dtype = device, _DTYPES.get(precision, torch.float32)
-        self._vae = _load(source, self._dtype).to(device).to(memory_format=torch.channels_last).eval()
-        self._vae.requires_grad_(False)
+        self._vae = _load(source)
+        named = Path(source).resolve().name if Path(source).is_dir() else source
+        self.name = f"{named}@{_hash_of(self._vae)}"
+        config = self._vae.config
+        self.channels: int = config.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = _scale_and_shift(config)
+        self.device, self._dtype = device, _DTYPES.get(precision, torch.float32)
+        # Not by diffusers' own `to`, which warns of a dtype, as of other models it keeps parts in float32.
+        torch.nn.Module.to(self._vae, device, self._dtype)
+        self._vae.to(memory_format=torch.channels_last).requires_grad_(False).eval()
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
             torch.backends.cudnn.allow_tf32 = precision != "fp32"
             torch.backends.cudnn.deterministic = True
-        config = self._vae.config
-        self.channels: int = config.latent_channels
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.scale = (float(config.scaling_factor),) * self.channels
-        shift = getattr(config, "shift_factor", None)
-        self.shift = (float(shift),) * self.channels if shift else ()
-        self.name = f"{Path(source).resolve().name if Path(source).is_dir() else source}@{_hash_of(self._vae)}"
 
-    @torch.inference_mode()
-    def encode(self, pixels: Tensor, kind: LatentKind) -> "Encoding":
-        """Begin to encode ``pixels`` (n, H, W, 3) uint8: mean and std, or mean and log-variance."""
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory()
-        images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # channels last as they lie
-        posterior = self._vae.encode(images.to(self._dtype) / 127.5 - 1).latent_dist
-        second = posterior.logvar if kind == "mean_logvar" else posterior.std
-        return Encoding(torch.cat((posterior.mean, second), dim=1).float().contiguous())
+    def encode(self, pixels: Tensor) -> Posterior:
+        """Of ``pixels`` (n, H, W, 3) uint8, fed as -1 to 1."""
+        if self.device.type == "cpu":
+            return Posterior(*map(torch.cat, zip(*_one_by_one(self._encode, pixels), strict=True)))
+        return self._encode(pixels)
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (n, H, W, 3) uint8 of latents (n, C, h, w) that are not scaled."""
-        images = self._vae.decode(latents.to(self._device, self._dtype)).sample.float()
-        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        if self.device.type == "cpu":
+            return torch.cat(_one_by_one(self._decode, latents))
+        return torch.cat([self._decode(row).cpu() for row in latents.split(1)])  # takes more memory than to encode
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> Posterior:
+        images = pixels.to(self.device).permute(0, 3, 1, 2)  # as it lies, channels last
+        found = self._vae.encode((images.float() / 127.5 - 1).to(self._dtype)).latent_dist
+        logvar = found.logvar.float()
+        return Posterior(found.mean.float(), (0.5 * logvar).exp(), logvar)
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor:
+        images = self._vae.decode(latents.to(self.device, self._dtype)).sample.float()
+        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _one_by_one(compute: Callable[[Tensor], _Found], rows: Tensor) -> list[_Found]:
+    """Each row on a CPU by one thread, several rows at a time. Sums over parts of a row, a part for each thread, would
+    depend on the number of threads."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(compute, rows.split(1)))
+    torch.set_num_threads(threads)  # for threads to come
+    return found
 
 
 class Encoding:
-    """Latents on their way from the device. Work that is begun after this one is not waited for."""
+    """Numbers on their way from the device to the CPU. Work that is begun after this one is not waited for."""
 
-    def __init__(self, latents: Tensor):
-        self._done = torch.cuda.Event() if latents.is_cuda else None
+    def __init__(self, numbers: Tensor):
+        self._done = torch.cuda.Event() if numbers.is_cuda else None
         if self._done is not None:
-            latents = torch.empty_like(latents, device="cpu", pin_memory=True).copy_(latents, non_blocking=True)
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             self._done.record()
-        self._latents = latents
+        self._numbers = numbers
 
     def result(self) -> Tensor:
-        """(n, 2C, h, w) float32 on the CPU."""
         if self._done is not None:
             self._done.synchronize()
-        return self._latents
+        return self._numbers
 
 
-def _load(source: str, dtype: torch.dtype) -> Any:
+def _load(source: str) -> Any:
     diffusers = load("diffusers", "vae", f"vae {source}")
     folder = Path(source)
-    how: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": dtype}
     if folder.is_dir():
-        folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-        _check_config(folder / "config.json")
-        how["local_files_only"] = True
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError(f"vae: {source} is no folder")
+        folder = folder if (folder / "config.json").is_file() else folder / "vae"
+        if not (folder / "config.json").is_file():
+            raise DataError(
+                f"vae: {source} has no config.json, allowed the folder of an AutoencoderKL or of a pipeline"
+            )
+        return _loaded(diffusers, source, str(folder), local_files_only=True)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise DataError(f"vae: {source} is no folder, and no ID of the Hugging Face hub such as owner/name")
+    return _loaded(diffusers, source, source)
+
+
+def _loaded(diffusers: Any, given: str, source: str, **how: Any) -> Any:
+    said = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # we say what is wrong
     try:
-        return diffusers.AutoencoderKL.from_pretrained(folder if folder.is_dir() else source, **how)
+        with warnings.catch_warnings(action="ignore"):
+            _check_config(given, diffusers.AutoencoderKL.load_config(source, **how))
+            model, about = diffusers.AutoencoderKL.from_pretrained(
+                source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **how
+            )
+    except DataError:
+        raise
     except Exception as error:  # of diffusers, the hub's client, safetensors: each has its own
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"vae: {source} cannot be loaded as an AutoencoderKL with safetensors: {reason}") from error
+        fault = (
+            "cannot be loaded from safetensors" if how else "is no folder, and the Hugging Face hub does not give it"
+        )
+        raise DataError(f"vae: {given} {fault}: {_cause(error)}") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(said)
+    if missing := sorted(about["missing_keys"]):
+        raise DataError(f"vae: {given}: its file lacks {len(missing)} weights, first {missing[0]}; allowed all")
+    return model
 
 
-def _check_config(file: Path) -> None:
-    found = read_json(file)
-    name = found.get("_class_name") if isinstance(found, dict) else None
-    if name != "AutoencoderKL":
-        raise DataError(f"{file}: _class_name: given {name!r}, allowed 'AutoencoderKL'")
+def _check_config(given: str, config: dict[str, Any]) -> None:
+    for field, allowed in (("_class_name", "AutoencoderKL"), ("in_channels", 3), ("out_channels", 3)):
+        if (found := config.get(field, allowed)) != allowed:
+            raise DataError(f"vae: {given}: config.json: {field}: given {found!r}, allowed {allowed!r}")
+
+
+def _cause(error: BaseException) -> str:
+    """The text of what an error began with, which those after it hide."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return " ".join(str(error).split())[:300]
+
+
+def _scale_and_shift(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    channels = config.latent_channels
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    shift = means or (config.get("shift_factor") or 0.0,) * channels
+    scale = [config.scaling_factor / std for std in stds or (1.0,) * channels]
+    return tuple(map(float, scale)), tuple(map(float, shift)) if any(shift) else ()
 
 
 def _hash_of(model: torch.nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode())
-        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()[:8]

@@ -26,5 +26,5 @@ def contact_sheet(originals: Sequence[NDArray[np.uint8]], decoded: Sequence[NDAr
             tile = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             sheet.paste(tile, (column * (_SIDE + _GAP), row * (pair + _BETWEEN) + below * (_SIDE + _GAP)))
     file = io.BytesIO()
-    sheet.save(file, format="png")
+    sheet.save(file, format="png", compress_level=1)
     return file.getvalue()

@@ -1,11 +1,10 @@
-"""Images of a collection as pixels, decoded by threads ahead of who asks for them."""
+"""Images of a collection in batches, decoded ahead by several threads."""
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,51 +13,71 @@ from torch import Tensor
 
 from erd_fast.data.pictures import Pictures, decode
 
-_LOOK_AHEAD = 3  # batches
+_LOOK_AHEAD = 2  # batches at least
+
+
+class Broken(NamedTuple):
+    """An image that cannot be read or decoded."""
+
+    name: str
+    reason: str
 
 
 class Decoded(NamedTuple):
-    """Images of a batch, those that are broken left out."""
+    """A range of a collection."""
 
-    images: list[int]  # their numbers within the collection
-    pixels: Tensor  # (n, size, size, 3) uint8
-    broken: list[tuple[str, str]]  # name, and what is wrong
+    numbers: list[int]
+    """Of the images that are not broken."""
+    pixels: Tensor
+    """(len(numbers), size, size, 3) uint8, RGB."""
+    broken: list[Broken]
 
 
-class Decoder:
-    """Cuts squares of ``size`` pixels out of the images of a collection, by ``workers`` threads; 0 is one for each
-    core."""
+def parts(whole: range, size: int) -> Iterator[range]:
+    for first in range(0, len(whole), size):
+        yield whole[first : first + size]
 
-    def __init__(self, pictures: Pictures, size: int, workers: int = 0):
-        self._pictures, self._size = pictures, size
-        self._pool = ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="decoder")
 
-    def __enter__(self) -> Self:
-        return self
+def decode_ahead(
+    pictures: Pictures, ranges: Iterable[range], size: int, *, workers: int = 0, pin: bool = False
+) -> Generator[Decoded, None, None]:
+    """What is in each of ``ranges``, in order, cut to ``size`` x ``size`` pixels.
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def batches(self, images: range, size: int) -> Iterator[Decoded]:
-        """Batches of ``size`` images, in order."""
-        ahead: deque[tuple[range, list[Future[NDArray[np.uint8] | str]]]] = deque()
-        for first in range(0, len(images), size):
-            part = images[first : first + size]
-            ahead.append((part, [self._pool.submit(self._decode, i) for i in part]))
-            if len(ahead) > _LOOK_AHEAD:
-                yield self._collected(*ahead.popleft())
-        while ahead:
-            yield self._collected(*ahead.popleft())
-
-    def _decode(self, i: int) -> NDArray[np.uint8] | str:
+    ``workers`` threads are ahead of the consumer by two batches, or by more if that would leave some of them idle; 0 is
+    one for each core of this process. ``pin``: into pinned memory, from which a GPU copies by itself.
+    """
+    workers = workers or _own_cores()
+    held: deque[tuple[range, list[Future[NDArray[np.uint8] | Broken]]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="decoder") as pool:
         try:
-            return decode(self._pictures.read(i), self._size)
-        except Exception as error:  # whatever a reader or a decoder raises, one image is broken
-            return " ".join(f"{error}".split()) or type(error).__name__
+            for part in ranges:
+                held.append((part, [pool.submit(_decoded, pictures, number, size) for number in part]))
+                if len(held) > _LOOK_AHEAD and sum(len(later) for later, _ in held) - len(held[0][0]) >= 2 * workers:
+                    yield _batch(*held.popleft(), size, pin)
+            while held:
+                yield _batch(*held.popleft(), size, pin)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _collected(self, part: range, futures: list[Future[NDArray[np.uint8] | str]]) -> Decoded:
-        found = [(i, future.result()) for i, future in zip(part, futures, strict=True)]
-        kept = {i: pixels for i, pixels in found if not isinstance(pixels, str)}
-        broken = [(self._pictures.names[i], reason) for i, reason in found if isinstance(reason, str)]
-        whole = np.stack(list(kept.values())) if kept else np.empty((0, self._size, self._size, 3), np.uint8)
-        return Decoded(list(kept), torch.from_numpy(whole), broken)
+
+def _own_cores() -> int:
+    """Of the cores that this process may use, those that it need not leave to the others that torchrun started."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _decoded(pictures: Pictures, number: int, size: int) -> NDArray[np.uint8] | Broken:
+    try:
+        return decode(pictures.read(number), size)
+    except Exception as error:  # damage makes Pillow, its plugins and archives raise nearly anything
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Broken(pictures.names[number], " ".join(text.split()) or type(error).__name__)
+
+
+def _batch(part: range, made: list[Future[NDArray[np.uint8] | Broken]], size: int, pin: bool) -> Decoded:
+    results = [future.result() for future in made]
+    broken = [result for result in results if isinstance(result, Broken)]
+    good = [(number, image) for number, image in zip(part, results, strict=True) if not isinstance(image, Broken)]
+    pixels = torch.empty((len(good), size, size, 3), dtype=torch.uint8, pin_memory=pin)
+    if good:
+        np.stack([image for _, image in good], out=pixels.numpy())
+    return Decoded([number for number, _ in good], pixels, broken)

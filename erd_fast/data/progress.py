@@ -14,9 +14,10 @@ class Progress:
     def __init__(self, doing: str, total: int, done: int = 0, unit: str = "image", quiet: bool = False):
         from tqdm import tqdm  # `make gpu` opens stores where it is not installed
 
-        self._doing, self._total, self._done, self._unit, self._quiet = doing, total, done, unit, quiet
-        shown = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total, initial=done, desc=doing, unit=unit, disable=not shown)
+        self._doing, self._total, self._done, self._unit = doing, total, done, unit
+        bar = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=total, initial=done, desc=doing, unit=unit, disable=not bar)
+        self._quiet = quiet or bar
         self._began, self._first, self._told = time.monotonic(), done, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -36,7 +37,7 @@ class Progress:
 
     def _tell(self) -> None:
         self._told = time.monotonic()
-        if self._quiet or not self._bar.disable or self._done == self._first:
+        if self._quiet or self._done == self._first:
             return
         rate = (self._done - self._first) / (self._told - self._began)
         minutes, seconds = divmod(round((self._total - self._done) / rate), 60)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from erd_fast import cli
 from erd_fast.data import LatentStore, writer
 from erd_fast.data import encode as encode_module
+from erd_fast.data.autoencoder import Autoencoder
 from erd_fast.data.encode import EncodeOptions, encode
 from erd_fast.data.pictures import decode, open_pictures
+from erd_fast.data.unfinished import Unfinished
 from erd_fast.errors import ConfigError, DataError, RunError
 from erd_fast.random import Purpose, Stream, normals
 from fixtures import latent_store
@@ -127,6 +130,19 @@ def test_shards_and_threads_change_no_row(given, whole, tmp_path):
     assert torch.equal(store.gather(torch.arange(3)), LatentStore(given / "whole").gather(torch.arange(3)))
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads_changes_no_byte_and_stays(given, whole, tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _encode(given, tmp_path / "s", workers=threads)
+        assert torch.get_num_threads() == threads
+        assert ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert _content(tmp_path / "s") == whole
+
+
 def test_shift_and_a_pipelines_folder_are_understood(given, tmp_path):
     shutil.copytree(given / "vae", tmp_path / "pipeline" / "vae")
     config = tmp_path / "pipeline" / "vae" / "config.json"
@@ -134,6 +150,21 @@ def test_shift_and_a_pipelines_folder_are_understood(given, tmp_path):
     store = encode(given / "images", tmp_path / "s", str(tmp_path / "pipeline"), OPTIONS)
     assert (store.manifest.scale, store.manifest.shift) == ((2.0,) * 4, (0.25,) * 4)
     assert store.manifest.vae.startswith("pipeline@")
+
+
+def test_means_and_stds_of_channels_are_understood(given, tmp_path):
+    vae = _altered(given, tmp_path / "vae", latents_mean=[1, 2, 3, 0], latents_std=[1, 2, 4, 8], scaling_factor=0.5)
+    manifest = encode(given / "images", tmp_path / "s", vae, OPTIONS).manifest
+    assert (manifest.scale, manifest.shift) == ((0.5, 0.25, 0.125, 0.0625), (1.0, 2.0, 3.0, 0.0))
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("bf16", 7), ("fp32", 10)])
+def test_precision_changes_digits_and_no_name(given, tmp_path, precision, digits):
+    store, known = _encode(given, tmp_path / "s", precision=precision), LatentStore(given / "whole")
+    means, expected = (of.gather(torch.arange(COUNT)).float()[:, :4] for of in (store, known))
+    assert (means - expected).abs().max() <= 8 * 2**-digits * expected.abs().max()
+    assert torch.equal(means, expected) == (precision == "fp32")  # tf32 on a CPU, too
+    assert store.manifest.vae == known.manifest.vae
 
 
 def test_the_contact_sheet_shows_images_over_what_is_decoded_of_their_rows(given, whole):
@@ -205,16 +236,33 @@ def _encode_side_by_side(given: Path, folder: Path) -> None:
         assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0] * size
 
 
+def _come_late(given: Path, folder: Path) -> None:
+    """Processes that find all shards there, and the store made meanwhile."""
+    for kill in range(LATE):
+        store = folder / f"late-{kill}"
+        os.waitpid(_fork(_die_at_rename, RENAMES - 4, given, store), 0)  # before encode.json
+        ranks = []
+        for rank in range(3):
+            ranks.append(_fork(_encode_as_rank, rank, 3, given, store))
+            time.sleep(0.04 * kill)
+        assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0] * 3
+
+
 RENAMES = 1 + 2 * 3 + 3 + 1  # settings; shards and their notes; encode.json, manifest, contact sheet; the store
-KILLS, SIZES = 6, (2, 3, 4)
+KILLS, LATE, SIZES = 6, 2, (2, 3)
 
 
 @pytest.fixture(scope="module")
 def disturbed(given, tmp_path_factory) -> Path:
     """A folder with what processes left that were killed, and with what several made together."""
     folder = tmp_path_factory.mktemp("disturbed")
-    tests = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    tests = Path(__file__).parent.parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tests}:{tests.parent}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, __file__, str(given), str(folder)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
@@ -244,9 +292,62 @@ def test_several_processes_make_the_same_bytes(whole, disturbed, size):
     assert not list(disturbed.glob(f".ranks-{size}*"))
 
 
+def test_processes_that_come_late_leave_the_store_as_it_is(whole, disturbed):
+    for kill in range(LATE):
+        assert _content(disturbed / f"late-{kill}") == whole
+    assert not list(disturbed.glob(".late*"))
+
+
+def test_the_last_to_leave_is_the_one_that_finds_nobody_else(tmp_path):
+    work = Unfinished(tmp_path / "store")
+    with work.joined(0) as first, work.joined(1) as second:
+        with pytest.raises(RunError, match="another process is encoding into"), work.joined(1):
+            pass
+        assert not work.leave(first) and work.leave(second)
+
+
+def test_a_process_says_what_it_leaves_to_others(given, whole, tmp_path, monkeypatch, capsys):
+    for rank, left in ((1, "2 of 3 shards are left to other processes"), (0, "")):
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", "2")
+            assert (_encode(given, tmp_path / "store") is None) == bool(left)
+        assert left in capsys.readouterr().out
+    assert _content(tmp_path / "store") == whole and not list(tmp_path.glob(".*"))
+
+
+def test_killed_after_the_last_rename_it_tidies_up_or_begins_anew(given, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "remove", lambda work: None)
+        _encode(given, tmp_path / "store")
+    assert list(tmp_path.glob(".*"))
+    shutil.copytree(tmp_path, tmp_path.with_name("removed"))
+    shutil.rmtree(tmp_path.with_name("removed") / "store")  # by its user, and with it the shards
+    for folder in (tmp_path, tmp_path.with_name("removed")):
+        _encode(given, folder / "store")
+        assert _content(folder / "store") == whole and not list(folder.glob(".*"))
+
+
+def test_what_appeared_meanwhile_is_kept_and_so_are_the_shards(given, whole, tmp_path, monkeypatch):
+    def meanwhile(*_):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "file").write_text("")
+        return b""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "contact_sheet", meanwhile)
+        with pytest.raises(RunError, match=r"cannot write .*store: Directory not empty"):
+            _encode(given, tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["file"]
+    shutil.rmtree(tmp_path / "store")
+    monkeypatch.setattr(encode_module, "decode_ahead", lambda *_, **__: (_ for _ in ()))
+    _encode(given, tmp_path / "store")
+    assert _content(tmp_path / "store") == whole
+
+
 def test_what_is_finished_is_not_encoded_again(given, whole, tmp_path, monkeypatch, capsys):
     shutil.copytree(given / "whole", tmp_path / "store")
-    monkeypatch.setattr(encode_module, "Decoder", None)
+    monkeypatch.setattr(encode_module, "decode_ahead", None)
     assert len(_encode(given, tmp_path / "store")) == COUNT
     assert "is finished" in capsys.readouterr().out
 
@@ -287,6 +388,18 @@ def test_a_full_disk_ends_with_one_message_and_what_is_finished_stays(given, who
     monkeypatch.undo()
     _encode(given, tmp_path / "store")
     assert _content(tmp_path / "store") == whole
+
+
+def test_a_full_gpu_ends_with_one_message(given, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr(Autoencoder, "encode", full)
+    with pytest.raises(
+        RunError, match=r"^batch_size: given 3, and the GPU's memory is full: take a smaller one \(CUDA"
+    ):
+        _encode(given, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_writer_is_refused(given, tmp_path, monkeypatch):
@@ -346,6 +459,17 @@ def test_broken_images_are_left_out_and_listed(given, whole, tmp_path, capsys):
     assert all("truncated" in reason.lower() for _, reason in listed)
 
 
+def test_the_list_of_broken_images_is_the_same_on_every_machine(given, tmp_path):
+    shutil.copytree(given / "images", tmp_path / "images")
+    first, second, *_ = open_pictures(given / "images").names
+    (tmp_path / "images" / first).write_bytes(b"no image")
+    (tmp_path / "images" / second).unlink()
+    (tmp_path / "images" / second).symlink_to(tmp_path / "nowhere")
+    store = encode(tmp_path / "images", tmp_path / "store", str(given / "vae"), OPTIONS)
+    listed = json.loads((store.path / "encode.json").read_text())["broken"]
+    assert listed == [[first, "no image of a known format"], [second, "No such file or directory"]]
+
+
 @pytest.mark.parametrize("limit", [0, 2])
 def test_more_broken_images_than_allowed_end_it(given, tmp_path, limit):
     _broken(given, tmp_path / "images", 1, 6, 7)
@@ -379,6 +503,14 @@ def _not_finite(given: Path, folder: Path) -> str:
     return name
 
 
+def _with_some_weights(given: Path, folder: Path) -> str:
+    name = _altered(given, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = {key: value for key, value in load_file(file).items() if not key.startswith("encoder.conv_in")}
+    save_file(weights, file, {"format": "pt"})
+    return name
+
+
 def _without_weights(given: Path, folder: Path) -> str:
     name = _altered(given, folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
@@ -387,17 +519,25 @@ def _without_weights(given: Path, folder: Path) -> str:
 
 VAES = {
     "absent": (lambda given, folder: str(folder), "vae: .* is no folder"),
-    "empty": (lambda given, folder: folder.mkdir() or str(folder), "config.json does not exist"),
+    "empty": (
+        lambda given, folder: folder.mkdir() or str(folder),
+        "vae has no config.json, allowed the folder of an AutoencoderKL or of a pipeline",
+    ),
     "another model": (
         lambda given, folder: _altered(given, folder, _class_name="UNet2DModel"),
         "config.json: _class_name: given 'UNet2DModel', allowed 'AutoencoderKL'",
     ),
-    "no weights": (_without_weights, "cannot be loaded as an AutoencoderKL with safetensors"),
+    "grey": (lambda given, folder: _altered(given, folder, in_channels=1), "in_channels: given 1, allowed 3"),
+    "no weights": (_without_weights, "vae cannot be loaded from safetensors: Error no file named"),
+    "some weights": (_with_some_weights, "its file lacks 2 weights, first encoder.conv_in.bias; allowed all"),
     "other sizes": (
         lambda given, folder: _altered(given, folder, latent_channels=16),
-        "cannot be loaded as an AutoencoderKL with safetensors",
+        "vae cannot be loaded from safetensors: .*size mismatch",
     ),
-    "not finite": (_not_finite, "images 0 to 2: the latents of sample 0 are not finite"),
+    "not finite": (
+        _not_finite,
+        "images: the latents of china/0000.jpg are not finite in float16, made in tf32; allowed finite numbers",
+    ),
 }
 
 
@@ -407,13 +547,29 @@ def test_an_autoencoder_that_is_none_is_named(given, tmp_path, fault):
     vae = make(given, tmp_path / "vae")
     with pytest.raises(DataError, match=message):
         encode(given / "images", tmp_path / "store", vae, OPTIONS)
-    assert not (tmp_path / "store").exists()
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["vae"])  # nothing to go on from
+
+
+def test_latents_that_are_not_finite_are_told_by_the_name_of_their_image(given, tmp_path, monkeypatch):
+    real = Autoencoder.encode
+
+    def encoded(autoencoder, pixels):
+        posterior = real(autoencoder, pixels)
+        mean = posterior.mean.clone()
+        mean[-1, 1, 2, 3] = 7e4  # of the last image of a batch, mirrored
+        return posterior._replace(mean=mean)
+
+    monkeypatch.setattr(Autoencoder, "encode", encoded)
+    name = open_pictures(given / "images").names[2]
+    with pytest.raises(DataError, match=f"the latents of {name} are not finite in float16"):
+        _encode(given, tmp_path / "store", flip="stored")
+    assert len(_encode(given, tmp_path / "store", flip="stored", dtype="bfloat16")) == 2 * COUNT
 
 
 def test_a_name_that_the_hub_does_not_know_is_named(given, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="vae: nobody/nothing cannot be loaded as an AutoencoderKL"):
+    with pytest.raises(DataError, match=r"nobody/nothing is no folder, and the .* hub does not give it: Cannot reach"):
         encode(given / "images", tmp_path / "store", "nobody/nothing", OPTIONS)
 
 
@@ -454,7 +610,10 @@ def test_the_command_says_what_it_wrote(given, whole, tmp_path, capsys):
     settings = [f"--{name}={getattr(OPTIONS, name)}" for name in ("size", "batch_size", "shard_size")]
     command = ["data", "encode", str(given / "images"), str(tmp_path / "store"), "--vae", str(given / "vae"), *settings]
     cli.main(command)
-    assert f"wrote {tmp_path / 'store'}: 11 samples, mean_std (4, 4, 4)" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"encoding 11 images in 2 classes of {given / 'images'}"
+    assert lines[1].startswith("encoding 11/11  ") and "images/s" in lines[1]
+    assert lines[2:] == [f"wrote {tmp_path / 'store'}: 11 samples, mean_std (4, 4, 4)"]
     assert _content(tmp_path / "store") == whole
     with pytest.raises(SystemExit) as ended:
         cli.main([*command[:3], str(tmp_path / "other"), "--vae", str(tmp_path / "absent")])
@@ -464,5 +623,5 @@ def test_the_command_says_what_it_wrote(given, whole, tmp_path, capsys):
 if __name__ == "__main__":
     from diffusers import AutoencoderKL  # noqa: F401 - once for all that are forked
 
-    for disturb in (_die_at_renames, _die_at_moments, _encode_side_by_side):
+    for disturb in (_die_at_renames, _die_at_moments, _encode_side_by_side, _come_late):
         disturb(Path(sys.argv[1]), Path(sys.argv[2]))

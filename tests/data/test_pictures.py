@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tarfile
 import zipfile
@@ -97,6 +98,39 @@ def test_tars_without_labels_have_no_classes_and_keys_may_repeat_in_another_shar
     assert [found.read(i) for i in range(2)] == [_png(0), _png(1)]
 
 
+def test_other_pictures_of_a_sample_are_passed_over(tmp_path):
+    _tar(tmp_path / "x.tar", {"1.JPG": PNG, "1.seg.png": PNG, "1.cls": b"7", "._2.png": PNG, "2.mask.png": PNG})
+    found = open_pictures(tmp_path / "x.tar")
+    assert (found.names, found.labels) == (["1.JPG"], [7])
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_a_pattern_names_several_files(tmp_path, form):
+    for number in range(3):
+        file = tmp_path / f"{'train' if number else 'val'}-{number}.{form}"
+        _tar(file, {"1.png": _png(number)}) if form == "tar" else _parquet(file, image=[_png(number)])
+    found = open_pictures(tmp_path / f"train-*.{form}")
+    assert [found.read(i) for i in range(2)] == [_png(1), _png(2)]
+    with pytest.raises(DataError, match=r"test-\*.tar does not exist"):
+        open_pictures(tmp_path / "test-*.tar")
+
+
+@pytest.mark.parametrize("form", ["images", "images-webdataset", "images.parquet", "imagenet.tar"])
+def test_no_file_is_held_open(collections, form):
+    """A data set may have more files than a process may open."""
+    before = len(os.listdir("/proc/self/fd"))
+    found = open_pictures(collections / form)
+    assert all(map(found.read, range(12))) and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_other_bytes_in_parquet_are_another_identity(tmp_path):
+    identities = set()
+    for content in (PNG, PNG + b" "):
+        _parquet(tmp_path / "x.parquet", image=[content])
+        identities |= {open_pictures(tmp_path / "x.parquet").identity for _ in range(2)}
+    assert len(identities) == 2
+
+
 def test_parquet_may_hold_plain_bytes_and_no_labels(tmp_path):
     for number, labels in enumerate(({}, {"label": [-1, -1]})):
         table = pyarrow.table({"image": [_png(1), _png(2)], **labels})
@@ -120,6 +154,17 @@ def _tar(path, entries: dict[str, bytes]) -> None:
 
 def _parquet(path, **columns) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _named_parquet(path, names: list[str], **columns) -> None:
+    described = json.dumps({"info": {"features": {"label": {"names": names}}}})
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata({"huggingface": described}), path)
+
+
+def _change(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
 
 
 def _cut(path, size: int) -> None:
@@ -152,7 +197,44 @@ BAD = {
     "negative": (
         "x.zip",
         lambda p: _zip(p, {"1.png": PNG, "dataset.json": b'{"labels": [["1.png", -1]]}'}),
-        "given class -1 of 1.png, allowed 0 or more",
+        r"given \['1.png', -1\], allowed .*, classes 0 or more",
+    ),
+    "fraction": (
+        "x.zip",
+        lambda p: _zip(p, {"1.png": PNG, "dataset.json": b'{"labels": [["1.png", 1.5]]}'}),
+        r"dataset.json: given \['1.png', 1.5\], allowed",
+    ),
+    "twice": (
+        "x.zip",
+        lambda p: _zip(p, {"1.png": PNG, "dataset.json": b'{"labels": [["1.png", 1], ["1.png", 2]]}'}),
+        "dataset.json names 1.png twice",
+    ),
+    "no json": ("x.zip", lambda p: _zip(p, {"1.png": PNG, "dataset.json": b"{"}), "json cannot be read as JSON"),
+    "json sum": (
+        "x.zip",
+        lambda p: (_zip(p, {"1.png": PNG, "dataset.json": b"{'labels'"}), _change(p, p.read_bytes().index(b"{'lab"))),
+        "dataset.json cannot be read: Bad CRC-32",
+    ),
+    "tar header": (
+        "x.tar",
+        lambda p: (_tar(p, {"1.png": bytes(600), "2.png": PNG, "3.png": PNG}), _change(p, 1536 + 20)),
+        "x.tar is damaged: what comes after 1,536 bytes is no file",
+    ),
+    "tar header cut": (
+        "x.tar",
+        lambda p: (_tar(p, {"1.png": bytes(600), "2.png": PNG}), _cut(p, 1536 + 300)),
+        "x.tar is damaged: what comes after 1,536 bytes is no file",
+    ),
+    "large cls": ("x.tar", lambda p: _tar(p, {"1.png": PNG, "1.cls": b"2147483648"}), "given label 2147483648"),
+    "names": (
+        "x.parquet",
+        lambda p: _named_parquet(p, ["a", "b"], image=[PNG] * 2, label=[0, 2]),
+        "given label 2 and names of 2 classes, allowed labels 0 to 1",
+    ),
+    "tar and parquet": (
+        "x",
+        lambda p: (p.mkdir(), _tar(p / "1.tar", {"1.png": PNG}), _parquet(p / "1.parquet", image=[PNG])),
+        r"given files \.parquet, \.tar, allowed \.tar alone or \.parquet alone",
     ),
     "no tar": ("x.tar", lambda p: p.write_bytes(b"x" * 2000), "cannot be read as a tar file"),
     "tar cut": ("x.tar", lambda p: (_tar(p, {"1.png": bytes(9999)}), _cut(p, 2000)), "truncated: it ends within 1.png"),
@@ -166,7 +248,7 @@ BAD = {
     "columns": ("x.parquet", lambda p: _parquet(p, img=[PNG]), "given columns img; allowed are"),
     "column": ("x.parquet", lambda p: _parquet(p, image=[3]), "column image: given int64, allowed binary, or a struct"),
     "labels": ("x.parquet", lambda p: _parquet(p, image=[PNG], label=["a"]), "column label: given 'a', allowed whole"),
-    "some labels": ("x.parquet", lambda p: _parquet(p, image=[PNG] * 2, label=[-1, 3]), "given -1, no label, beside"),
+    "some labels": ("x.parquet", lambda p: _parquet(p, image=[PNG] * 2, label=[-1, 3]), "given images with a label"),
 }  # fmt: skip
 
 
@@ -255,6 +337,30 @@ def test_cmyk_becomes_rgb_and_an_orientation_is_not_followed():
 def test_damaged_files_raise(content):
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever Pillow has for it
         decode(content, 8)
+
+
+def _bytes_of(image: Image.Image, form: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=form)
+    return file.getvalue()
+
+
+def test_sixteen_bits_in_other_forms_become_eight(tmp_path):
+    assert (decode(_bytes_of(Image.new("I", (9, 9), 200 << 8), "ppm"), 4) == 200).all()
+    assert (decode(_bytes_of(Image.new("I", (9, 9), 1 << 20), "tiff"), 4) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no image", "^no image of a known format$"),
+        (_bytes_of(Image.new("F", (9, 9)), "tiff"), "pixels are floats"),
+        (_bytes_of(Image.new("L", (60_000, 1)), "png"), "60000 x 1 pixels, too long for its width"),
+    ],
+)
+def test_what_cannot_become_a_square_is_told_in_words_that_are_always_the_same(content, message):
+    with pytest.raises(DataError, match=message):
+        decode(content, 256)
 
 
 def test_the_dataset_json_of_a_folder_counts_too(tmp_path):

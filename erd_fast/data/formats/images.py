@@ -1,10 +1,11 @@
 """Image collections as stores of pixels, without an autoencoder."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 
-from erd_fast.data.decoding import Decoder
+from erd_fast.data.decoding import decode_ahead, parts
 from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source
 from erd_fast.data.pictures import CROP, Pictures, open_pictures
 from erd_fast.errors import ConfigError, DataError
@@ -28,11 +29,12 @@ def open_images(src: Path, options: ImportOptions) -> Source:
 
 
 def _batches(src: Path, pictures: Pictures, size: int) -> Batches:
-    with Decoder(pictures, size) as decoder:
-        for decoded in decoder.batches(range(len(pictures)), ROWS_AT_ONCE):
+    everything = parts(range(len(pictures)), ROWS_AT_ONCE)
+    with contextlib.closing(decode_ahead(pictures, everything, size)) as batches:
+        for decoded in batches:
             if decoded.broken:
                 name, reason = decoded.broken[0]
                 raise DataError(f"{src}: {name} is damaged: {reason}")
             of_all = pictures.labels
-            labels = [0 if of_all is None else of_all[i] for i in decoded.images]
+            labels = [0 if of_all is None else of_all[i] for i in decoded.numbers]
             yield decoded.pixels.permute(0, 3, 1, 2).numpy(), np.array(labels, np.int64)

@@ -2,9 +2,11 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from erd_fast.data.formats.source import reading
 from erd_fast.data.pictures.pictures import Pictures, classes_of_folders, classes_of_json, is_image, refuse_escape
 from erd_fast.errors import DataError
 
@@ -13,15 +15,29 @@ _JSON = "dataset.json"
 
 def open_folder(src: Path) -> Pictures:
     """Images below ``src``, at any depth."""
-    sizes: dict[str, int] = {}
-    for folder, folders, files in os.walk(src, followlinks=True):
-        folders.sort()
-        inside = Path(folder).relative_to(src)
+
+    def read(name: str) -> bytes:
+        with open(f"{src}/{name}", "rb") as stream:
+            return stream.read()
+
+    return _pictures(src, dict(_files(src)), read, has_json=(src / _JSON).is_file())
+
+
+def _files(src: Path) -> Iterator[tuple[str, int]]:
+    """(name below ``src``, size) of each image."""
+    begin = len(str(src)) + 1
+    for folder, _, files in os.walk(src, followlinks=True):
         for file in files:
-            name = (inside / file).as_posix()
-            if is_image(name):
-                sizes[name] = (src / name).stat().st_size
-    return _pictures(src, sizes, lambda name: (src / name).read_bytes(), has_json=(src / _JSON).is_file())
+            path = f"{folder}/{file}"
+            if is_image(path[begin:]):
+                yield path[begin:], _size(path)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # a link that leads nowhere: a broken image, as all that cannot be read
+        return 0
 
 
 def open_zip(src: Path) -> Pictures:
@@ -39,5 +55,11 @@ def open_zip(src: Path) -> Pictures:
 
 def _pictures(src: Path, sizes: dict[str, int], read: Callable[[str], bytes], has_json: bool) -> Pictures:
     names = sorted(sizes)
-    labels, class_names = (classes_of_json(src, names, read(_JSON)), ()) if has_json else classes_of_folders(src, names)
+    class_names: tuple[str, ...] = ()
+    if has_json:
+        with reading(f"{src}: {_JSON}", zipfile.BadZipFile, RuntimeError, zlib.error):
+            content = read(_JSON)
+        labels = classes_of_json(src, names, content)
+    else:
+        labels, class_names = classes_of_folders(src, names)
     return Pictures(names, [sizes[name] for name in names], labels, class_names, lambda i: read(names[i]))

@@ -1,5 +1,7 @@
 """Which kind of collection a path names."""
 
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 from erd_fast.data.pictures.folders import open_folder, open_zip
@@ -16,28 +18,31 @@ def open_pictures(src: Path) -> Pictures:
 
     - a folder, or a .zip file: the first folder on an image's way is its class; without folders there are no classes. A
       ``dataset.json`` at its top says otherwise.
-    - a .tar file, or a folder of them, of ``key.jpg`` with ``key.cls``.
+    - a .tar file, a folder of them, or a pattern such as ``train-*.tar``: samples ``key.jpg`` with ``key.cls``.
     - a .tar file of .tar files, each of which is a class and has its name: ILSVRC2012_img_train.tar.
-    - a .parquet file, or a folder of them, with columns ``image`` and ``label``, as Hugging Face's.
+    - a .parquet file, a folder of them, or a pattern, with columns ``image`` and ``label``, as Hugging Face's.
 
     Raises:
         DataError: it is none of these, is damaged, or has no images. ConfigError: pyarrow is not installed.
     """
-    if not src.exists():
-        raise DataError(f"{src} does not exist")
     pictures = _open(src)
     if not len(pictures):
         raise DataError(f"{src}: found no images, allowed {_ALLOWED}")
+    if pictures.labels and max(pictures.labels) >= pictures.num_classes:
+        largest, names = max(pictures.labels), len(pictures.class_names)
+        raise DataError(f"{src}: given label {largest} and names of {names} classes, allowed labels 0 to {names - 1}")
     return pictures
 
 
 def _open(src: Path) -> Pictures:
     if src.is_dir():
-        if tars := sorted(src.glob("*.tar")):
-            return open_tars(tars)
-        if files := sorted(src.glob("*.parquet")):
-            return open_parquet(files)
-        return open_folder(src)
+        files = [*src.glob("*.tar"), *src.glob("*.parquet")]
+        return _open_all(src, sorted(files)) if files else open_folder(src)
+    if not src.exists():
+        files = [Path(file) for file in glob.glob(str(src))]
+        if not files:
+            raise DataError(f"{src} does not exist")
+        return _open_all(src, sorted(files))
     if src.suffix == ".zip":
         return open_zip(src)
     if src.suffix == ".tar":
@@ -46,3 +51,12 @@ def _open(src: Path) -> Pictures:
         return open_parquet([src])
     packed = " (a packed tar cannot be read in any order: unpack it to .tar)" if ".tar." in src.name else ""
     raise DataError(f"{src}: given a file of another kind{packed}, allowed {_ALLOWED}")
+
+
+def _open_all(src: Path, files: Sequence[Path]) -> Pictures:
+    suffixes = {file.suffix for file in files}
+    if suffixes == {".tar"}:
+        return open_tars(files)
+    if suffixes == {".parquet"}:
+        return open_parquet(files)
+    raise DataError(f"{src}: given files {', '.join(sorted(suffixes))}, allowed .tar alone or .parquet alone")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from erd_fast.errors import DataError
 
@@ -19,7 +20,7 @@ class Pictures:
     names: Sequence[str]
     """Of images, unlike each other."""
     sizes: Sequence[int]
-    """Bytes of each; 0 where only reading would tell."""
+    """Bytes of each, or of the part of a file that it lies in."""
     labels: Sequence[int] | None
     """None: the collection has no classes."""
     class_names: tuple[str, ...]
@@ -37,7 +38,7 @@ class Pictures:
     @property
     def identity(self) -> str:
         """A hash of names, sizes and labels: another collection has another one."""
-        total = hashlib.sha256(json.dumps([list(self.class_names)]).encode())
+        total = hashlib.sha256(json.dumps(self.class_names).encode())
         labels = self.labels or [-1] * len(self)
         for line in zip(self.names, self.sizes, labels, strict=True):
             total.update(json.dumps(line).encode())
@@ -59,7 +60,7 @@ def refuse_escape(source: object, name: str) -> None:
 def classes_of_folders(source: object, names: Iterable[str]) -> tuple[list[int] | None, tuple[str, ...]]:
     """(labels, class names): the first folder of a name is its class, in the order of their names; without folders
     there are no classes."""
-    parts = [PurePosixPath(name).parts for name in names]
+    parts = [name.split("/") for name in names]
     loose = [path[0] for path in parts if len(path) == 1]
     if len(loose) == len(parts):
         return None, ()
@@ -72,24 +73,31 @@ def classes_of_folders(source: object, names: Iterable[str]) -> tuple[list[int] 
     return [number[path[0]] for path in parts], tuple(folders)
 
 
-def classes_of_json(source: object, names: Iterable[str], content: bytes) -> list[int] | None:
+def classes_of_json(source: object, names: Sequence[str], content: bytes) -> list[int] | None:
     """Labels of ``dataset.json``, {"labels": [[name, class], ...]} or null, as EDM2's tools write it."""
-    try:
-        pairs = json.loads(content)["labels"]
-        labels = None if pairs is None else {str(name): int(label) for name, label in pairs}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f'{source}: dataset.json: given {error!r}, allowed {{"labels": [[name, class], ...]}}'
-        ) from error
+    labels = _labels_of_json(f"{source}: dataset.json", content)
     if labels is None:
         return None
-    names = list(names)
     if missing := [name for name in names if name not in labels]:
         raise DataError(f"{source}: dataset.json has no label of {missing[0]} ({len(missing):,} images are without)")
     if absent := sorted(labels.keys() - set(names)):
         raise DataError(f"{source}: dataset.json names {absent[0]}, which is not there ({len(absent):,} like it)")
-    if negative := [name for name, label in labels.items() if label < 0]:
-        raise DataError(
-            f"{source}: dataset.json: given class {labels[negative[0]]} of {negative[0]}, allowed 0 or more"
-        )
     return [labels[name] for name in names]
+
+
+def _labels_of_json(where: str, content: bytes) -> dict[str, int] | None:
+    allowed = 'allowed {"labels": [[name, class], ...]}'
+    try:
+        found: Any = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("labels", 0), list | None):
+        raise DataError(f"{where}: given {str(found)[:60]}, {allowed}")
+    labels: dict[str, int] = {}
+    for pair in found["labels"] or ():
+        if not isinstance(pair, list) or [type(item) for item in pair] != [str, int] or pair[1] < 0:
+            raise DataError(f"{where}: given {str(pair)[:60]}, {allowed}, classes 0 or more")
+        if pair[0] in labels:
+            raise DataError(f"{where} names {pair[0]} twice")
+        labels[pair[0]] = pair[1]
+    return None if found["labels"] is None else labels
