@@ -57,6 +57,10 @@ class LatentStore:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, bool]]:
+        """Another process opens the folder itself; rows go nowhere."""
+        return LatentStore, (self.path.absolute(), False)
+
     @property
     def fingerprint(self) -> str:
         """Identity of the content: a hash of the manifest without names and origins."""

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,17 @@ def test_gathered_rows_are_copies_and_nothing_reaches_the_files(store):
     for shard in store.shards():
         shard.zero_()
     assert [file.read_bytes() for file in sorted(store.path.iterdir())] == before
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, ForkingPickler.dumps])
+def test_a_pickled_store_is_its_path_and_stays_as_it_is(store, dumps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = LatentStore(store.path.relative_to(tmp_path))
+    content = bytes(dumps(relative))
+    monkeypatch.chdir("/")
+    for same in (pickle.loads(content), store):
+        assert torch.equal(same.gather(torch.arange(COUNT)), _latents()) and torch.equal(same.labels, LABELS)
+    assert len(content) < 1000 and not pickle.loads(content).labels.is_shared()
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_names(tmp_path, store):
