@@ -40,7 +40,7 @@ train: setup
 	$(BIN)/erd-fast report $(RUN)
 
 test: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 soak: dev
 	$(BIN)/python -m pytest -m soak -s tests/soak

@@ -18,5 +18,4 @@ def load(module: str, extra: Extra, needed_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise ConfigError(f"{needed_by}: {package} is not installed: pip install 'erd-fast[{extra}]'") from error
+        raise ConfigError(f"{needed_by}: {module} is not installed: pip install 'erd-fast[{extra}]'") from error
