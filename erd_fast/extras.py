@@ -18,4 +18,6 @@ def load(module: str, extra: Extra, needed_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{needed_by}: {module} is not installed: pip install 'erd-fast[{extra}]'") from error
+        shared = module.startswith("nvidia.")  # a name that many packages are in
+        package = module if shared else module.partition(".")[0]
+        raise ConfigError(f"{needed_by}: {package} is not installed: pip install 'erd-fast[{extra}]'") from error

@@ -64,7 +64,7 @@ def test_a_run_with_dali_is_the_run_without(tmp_path, tiny, training_lines):
 def test_without_the_package_the_extra_is_named(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for use in (lambda: open_reader(store, "dali", CPU), lambda: DaliTars([], 1)):
-        with pytest.raises(ConfigError, match=r"pip install 'erd-fast\[dali\]'"):
+        with pytest.raises(ConfigError, match=r": nvidia.dali is not installed: pip install 'erd-fast\[dali\]'"):
             use()
 
 
