@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 0,
     "files": 1,
     "extras": 1,
+    "torchrun": 1,
     "random": 1,
     "kernels": 1,
     "data": 2,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from erd_fast.data.pictures import Pictures, decode
+from erd_fast.torchrun import own_place
 
 _LOOK_AHEAD = 2  # batches at least
 
@@ -62,7 +63,7 @@ def decode_ahead(
 
 def _own_cores() -> int:
     """Of the cores that this process may use, those that it need not leave to the others that torchrun started."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(os.sched_getaffinity(0)) // own_place().local_size)
 
 
 def _decoded(pictures: Pictures, number: int, size: int) -> NDArray[np.uint8] | Broken:

@@ -8,7 +8,6 @@ however often the work began anew, and on however many processes.
 import contextlib
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,8 +18,8 @@ from torch import Tensor
 from erd_fast.data.autoencoder import Autoencoder, Encoding, Posterior, Precision
 from erd_fast.data.contact_sheet import contact_sheet
 from erd_fast.data.decoding import Broken, Decoded, decode_ahead, parts
-from erd_fast.data.manifest import DTYPES, Shard
-from erd_fast.data.pictures import CROP, Pictures, decode, open_pictures
+from erd_fast.data.manifest import ADM_CROP, DTYPES, Shard
+from erd_fast.data.pictures import Pictures, decode, open_pictures
 from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.unfinished import Unfinished
@@ -28,6 +27,7 @@ from erd_fast.data.writer import write_manifest, write_shard
 from erd_fast.errors import ConfigError, DataError, RunError
 from erd_fast.files import read_json, write_bytes, write_json
 from erd_fast.random import Purpose, Stream, normals
+from erd_fast.torchrun import own_device, own_place
 
 _SHOWN = 16  # images of the contact sheet
 _FREE = {"max_broken", "workers"}
@@ -83,7 +83,7 @@ def encode(src: Path, dst: Path, vae: str, options: EncodeOptions | None = None)
     """
     options = options or EncodeOptions()
     pictures = open_pictures(src)
-    autoencoder = Autoencoder(vae, _device(), options.precision)
+    autoencoder = Autoencoder(vae, own_device(), options.precision)
     if options.size % autoencoder.factor:
         raise ConfigError(
             f"size: given {options.size}, allowed multiples of {autoencoder.factor} with this autoencoder"
@@ -99,7 +99,7 @@ def encode(src: Path, dst: Path, vae: str, options: EncodeOptions | None = None)
 
 def _make(job: "_Job", settings: dict[str, Any]) -> bool:
     """Do this process's share, and what remains at the end. Whether the store is there."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size, *_ = own_place()
     work = job.work
     with work.joined(rank) as joined, _memory_suffices(job.options):
         if not _is_finished(work.dst, settings):  # by another process, meanwhile
@@ -147,7 +147,7 @@ class _Job:
         )
         with (
             contextlib.closing(ahead) as decoded,
-            Progress("encoding", images, done, quiet=not first) as progress,
+            Progress("encoding", "image", images, done, quiet=not first) as progress,
         ):
             encoded = _one_behind(self._begun(decoded))
             for number in missing:
@@ -180,7 +180,7 @@ class _Job:
             scale=self._autoencoder.scale,
             shift=self._autoencoder.shift,
             vae=self._autoencoder.name,
-            crop=CROP,
+            crop=ADM_CROP,
             flip=self.options.flip,
         )
         write_bytes(store / "contact_sheet.png", self._contact_sheet({image.name for image in broken}))
@@ -280,19 +280,6 @@ def _told(image: Broken) -> str:
     return f"{image.name} ({image.reason})"
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise ConfigError(
-            f"nproc-per-node: given {os.environ.get('LOCAL_WORLD_SIZE')}, "
-            f"allowed up to {torch.cuda.device_count()}, the GPUs of this machine"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
-
-
 def _settings(src: Path, pictures: Pictures, autoencoder: Autoencoder, options: EncodeOptions) -> dict[str, Any]:
     """What the bytes of the store depend on."""
     fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
@@ -301,7 +288,7 @@ def _settings(src: Path, pictures: Pictures, autoencoder: Autoencoder, options: 
         "images": len(pictures),
         "identity": pictures.identity,
         "vae": autoencoder.name,
-        "crop": CROP,
+        "crop": ADM_CROP,
         **fields,
     }
 

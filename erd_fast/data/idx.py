@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import hashlib
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import write_store
 from erd_fast.errors import DataError
@@ -90,17 +90,15 @@ def _batches(file: Path, classes: Tensor, labels: Path) -> Iterator[tuple[Tensor
             raise DataError(f"{file} has {count} images and {labels.name} {len(classes)} labels; allowed equally many")
         if height * width == 0:
             raise DataError(f"{file}: given images of {height} x {width} pixels, allowed at least 1 x 1")
-        from tqdm import tqdm  # `make gpu` opens stores where it is not installed
-
         print(f"importing {count} images of {file.parent}", flush=True)
-        with tqdm(total=count, desc="importing", unit="image", disable=not sys.stderr.isatty()) as bar:
+        with Progress("importing", "image", count) as progress:
             batch = max(1, _PIECE // (height * width))
             for first in range(0, count, batch):
                 size = min(batch, count - first)
                 pixels = _exactly(stream, file, size * height * width, count * height * width)
                 rows = torch.from_numpy(pixels).view(size, 1, height, width)
                 yield rows, classes[first : first + size]
-                bar.update(size)
+                progress.count(size)
         _at_end(stream, file, count * height * width)
 
 

@@ -13,6 +13,9 @@ from erd_fast.files import read_json
 FORMAT_VERSION = 1
 LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
 Flip = Literal["none", "mirror", "stored"]
+ADM_CROP = "adm-center"
+"""Halved by averages until the shorter side is under twice the wanted one, then bicubic, then the middle square (the
+crop of ADM, arXiv 2105.05233, which DiT, U-ViT, EDM2 and their successors use)."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
 

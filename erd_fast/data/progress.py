@@ -9,9 +9,10 @@ _EVERY_S = 10.0
 
 
 class Progress:
-    """Counts ``total`` things of which ``done`` were there at the start, and do not count as speed."""
+    """Counts ``total`` things, or as many as come for None. ``done`` of them were there at the start, and do not count
+    as speed; ``quiet`` tells nothing."""
 
-    def __init__(self, doing: str, total: int, done: int = 0, unit: str = "image", quiet: bool = False):
+    def __init__(self, doing: str, unit: str, total: int | None, done: int = 0, quiet: bool = False):
         from tqdm import tqdm  # `make gpu` opens stores where it is not installed
 
         self._doing, self._total, self._done, self._unit = doing, total, done, unit
@@ -40,6 +41,8 @@ class Progress:
         if self._quiet or self._done == self._first:
             return
         rate = (self._done - self._first) / (self._told - self._began)
-        minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
-        left = f"{minutes}:{seconds:02d} left"
-        print(f"{self._doing} {self._done:,}/{self._total:,}  {rate:.1f} {self._unit}s/s  {left}", flush=True)
+        so_far, left = f"{self._doing} {self._done:,}", ""
+        if self._total is not None:
+            minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
+            so_far, left = f"{so_far}/{self._total:,}", f"  {minutes}:{seconds:02d} left"
+        print(f"{so_far}  {rate:.1f} {self._unit}s/s{left}", flush=True)

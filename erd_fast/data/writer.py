@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from erd_fast.data.foreign import CLASSES
 from erd_fast.data.manifest import DTYPES, LatentKind, Manifest, Shard
 from erd_fast.data.store import LatentStore, sha256_of
 from erd_fast.errors import DataError
@@ -24,6 +25,7 @@ def write_store(
     kind: LatentKind,
     num_classes: int | None,
     shard_size: int = SHARD_SIZE,
+    source: str = "",
     **described: Any,
 ) -> LatentStore:
     """Write a new store and open it. Of the data a shard is held in memory, no more.
@@ -34,6 +36,7 @@ def write_store(
         kind: as in :class:`Manifest`.
         num_classes: as in :class:`Manifest`; None is the largest label and one.
         shard_size: samples of one shard.
+        source: where the batches come from, for messages about them.
         described: further fields of :class:`Manifest` (class_names, scale, shift, vae, crop, flip, ...).
 
     Raises:
@@ -48,14 +51,17 @@ def write_store(
     example: Tensor | None = None
     largest = 0
     with new_folder(path) as folder:
-        for latents, labels in _regroup(checked(batches, num_classes), shard_size):
+        for latents, labels in _regroup(_checked(batches, num_classes, source), shard_size):
             example, largest = latents[:1], max(largest, int(labels.max()))
             shards.append(write_shard(folder, len(shards), latents, labels))
         if example is None:
             raise DataError(f"{path}: no samples given; a store holds at least one")
         classes = largest + 1 if num_classes is None else num_classes
-        write_manifest(folder, shards, example, kind=kind, num_classes=classes, **described)
-    return LatentStore(path, verify=False)
+        manifest = write_manifest(folder, shards, example, kind=kind, num_classes=classes, **described)
+    store = LatentStore(path, verify=False)
+    if store.manifest != manifest:
+        raise DataError(f"{path} was made by another process meanwhile, of other data; name a new folder")
+    return store
 
 
 def refuse_existing(path: Path) -> None:
@@ -77,7 +83,7 @@ def write_shard(folder: Path, number: int, latents: Tensor, labels: Tensor) -> S
 
 def write_manifest(
     folder: Path, shards: Sequence[Shard], example: Tensor, *, kind: LatentKind, num_classes: int, **described: Any
-) -> None:
+) -> Manifest:
     """Make a store of the shards in ``folder``, whose latents are like ``example`` (n, C or 2C, H, W).
 
     Raises:
@@ -94,37 +100,46 @@ def write_manifest(
         **described,
     )
     write_json(folder / "manifest.json", dataclasses.asdict(manifest))
-    LatentStore(folder, verify=False)  # a store that would not open is not kept
+    return LatentStore(folder, verify=False).manifest  # a store that would not open is not kept
 
 
-def checked(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked(
+    batches: Iterable[tuple[Tensor, Tensor]], num_classes: int | None, source: str
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, each compared with the first: what a store holds has one shape and one dtype, labels that are
     classes (of any number where ``num_classes`` is None), and finite numbers. Raises DataError otherwise."""
     first: Tensor | None = None
     seen = 0
     for latents, labels in batches:
         first = latents if first is None else first
-        if latents.dim() != 4 or tuple(labels.shape) != (len(latents),):
-            raise DataError(
-                f"given latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; allowed (n, C, H, W) and (n,)"
-            )
-        if latents.shape[1:] != first.shape[1:] or latents.dtype != first.dtype:
-            raise DataError(
-                f"given latents {latents.dtype} {tuple(latents.shape)}, allowed those of the first batch: "
-                f"{first.dtype} (n, {', '.join(map(str, first.shape[1:]))})"
-            )
-        if latents.dtype not in DTYPES.values():
-            raise DataError(f"given latents {latents.dtype}, allowed {', '.join(DTYPES)}")
-        _check_labels(labels, num_classes, seen)
-        _check_finite(latents, seen)
+        try:
+            _check_form(latents, labels, first)
+            _check_labels(labels, num_classes, seen)
+            _check_finite(latents, seen)
+        except DataError as error:
+            raise DataError(f"{source}: {error}" if source else str(error)) from None
         seen += len(latents)
         yield latents, labels
+
+
+def _check_form(latents: Tensor, labels: Tensor, first: Tensor) -> None:
+    if latents.dim() != 4 or tuple(labels.shape) != (len(latents),):
+        raise DataError(
+            f"given latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; allowed (n, C, H, W) and (n,)"
+        )
+    if latents.shape[1:] != first.shape[1:] or latents.dtype != first.dtype:
+        raise DataError(
+            f"given latents {latents.dtype} {tuple(latents.shape)}, allowed those of the first batch: "
+            f"{first.dtype} (n, {', '.join(map(str, first.shape[1:]))})"
+        )
+    if latents.dtype not in DTYPES.values():
+        raise DataError(f"given latents {latents.dtype}, allowed {', '.join(DTYPES)}")
 
 
 def _check_labels(labels: Tensor, num_classes: int | None, seen: int) -> None:
     if labels.is_floating_point() or labels.is_complex():
         raise DataError(f"given labels {labels.dtype}, allowed whole numbers")
-    limit = 2**31 if num_classes is None else max(num_classes, 1)  # shards have int32
+    limit = CLASSES if num_classes is None else max(num_classes, 1)
     wrong = ((labels < 0) | (labels >= limit)).nonzero()
     if len(wrong):
         row, allowed = int(wrong[0]), "0 alone, without classes" if num_classes == 0 else f"0 to {limit - 1}"

@@ -19,7 +19,12 @@ from erd_fast.training.step import DTYPES, TrainStep
 
 
 def open_store(config: RunConfig) -> LatentStore:
-    """The store of ``data.path``, checked against the configuration."""
+    """The store of ``data.path``, checked against the configuration.
+
+    Raises:
+        ConfigError: the two do not fit. DataError: the store is missing or damaged, or its numbers are not fit to train
+            on.
+    """
     if not config.data.path:
         raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
     store = open_dataset(config.data.path)

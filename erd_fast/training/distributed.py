@@ -5,7 +5,6 @@ number of ranks changes the speed and nothing else.
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erd_fast.errors import ConfigError, ErdFastError, RunError
+from erd_fast.torchrun import own_device, own_place
 from erd_fast.training.config import RunConfig
 
 T = TypeVar("T")
@@ -92,8 +92,8 @@ def process_group() -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         ConfigError: there are more ranks on this machine than GPUs. RunError: another rank has stopped.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, *_ = own_place()
+    device = own_device()
     if size == 1:
         yield Ranks(), device
         return
@@ -124,18 +124,6 @@ def _leave(device: torch.device) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"nproc-per-node: given {os.environ.get('LOCAL_WORLD_SIZE')}, "
-            f"allowed up to {torch.cuda.device_count()}, the GPUs of this machine"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def check_shares(config: RunConfig, ranks: Ranks) -> None:

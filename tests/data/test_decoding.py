@@ -1,18 +1,15 @@
-"""decoding and progress: images come in order, threads are ahead by so much and no more, and the rate is this run's."""
+"""decoding: images come in order, and threads are ahead by so much and no more."""
 
 import io
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from erd_fast.data import progress
 from erd_fast.data.decoding import Broken, decode_ahead, parts
 from erd_fast.data.pictures import Pictures
-from erd_fast.data.progress import Progress
 
 
 def _collection(count: int, read=None) -> Pictures:
@@ -77,33 +74,3 @@ def test_what_was_asked_for_is_not_decoded_after_the_end():
     next(batches)
     batches.close()
     assert 50 <= len(asked) < 100  # of 150
-
-
-def _work(monkeypatch, **how) -> None:
-    """Two times twelve images in six seconds each, of 100."""
-    now = [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Progress("encoding", 100, **how) as shown:
-        for _ in range(2):
-            now[0] += 6
-            shown.count(12)
-
-
-def test_a_line_tells_what_is_done_this_runs_rate_and_what_is_left(capsys, monkeypatch):
-    _work(monkeypatch, done=40)
-    said = capsys.readouterr()
-    assert said.out.splitlines()[0] == "encoding 64/100  2.0 images/s  0:18 left" and not said.err
-
-
-def test_nothing_is_said_where_nothing_was_done_or_somebody_else_speaks(capsys, monkeypatch):
-    _work(monkeypatch, quiet=True)
-    with Progress("encoding", 100, done=100):
-        pass
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_terminal_has_a_bar_and_no_lines(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    _work(monkeypatch, done=40)
-    said = capsys.readouterr()
-    assert "encoding" in said.err and "image/s" in said.err and not said.out

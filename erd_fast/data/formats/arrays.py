@@ -10,7 +10,6 @@
 import contextlib
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erd_fast.data.foreign import ZIP_ERRORS, reading
 from erd_fast.data.formats.npy import Header, read_header, read_npy, refuse_objects
-from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source, as_floats, as_labels, reading
+from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source, as_floats, as_labels
 from erd_fast.errors import ConfigError, DataError
 
 _PIXEL_CHANNELS = (1, 3)
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
 
 
 class _Rows(NamedTuple):
@@ -73,12 +72,12 @@ def _rows_and_labels(src: Path, labels: Path | None) -> tuple[_Rows, NDArray[Any
 
 @contextlib.contextmanager
 def _archive(src: Path) -> Iterator[zipfile.ZipFile]:
-    with reading(f"{src} as .npz", *_ZIP_ERRORS), zipfile.ZipFile(src) as archive:
+    with reading(f"{src} as .npz", *ZIP_ERRORS), zipfile.ZipFile(src) as archive:
         yield archive
 
 
 def _label_array(read: Callable[[], bytes], name: object) -> NDArray[Any]:
-    with reading(name, *_ZIP_ERRORS):
+    with reading(name, *ZIP_ERRORS):
         content = read()
     return as_labels(read_npy(content, name), name)
 
@@ -117,7 +116,7 @@ def _streamed(archive: zipfile.ZipFile, src: Path) -> _Rows:
             read_header(stream, name)
             for first in range(0, header.shape[0], ROWS_AT_ONCE):
                 count = min(ROWS_AT_ONCE, header.shape[0] - first)
-                with reading(name, *_ZIP_ERRORS):
+                with reading(name, *ZIP_ERRORS):
                     content = stream.read(count * row)
                 if len(content) < count * row:
                     raise DataError(f"{name} is truncated: it ends within sample {first + len(content) // row}")

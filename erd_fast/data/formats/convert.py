@@ -1,9 +1,8 @@
-"""From a source to a store: dtypes, what the user says instead of the format, a progress bar."""
+"""From a source to a store: dtypes, what the user says instead of the format, how far it is."""
 
 import contextlib
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from erd_fast.data.formats.source import ImportOptions, Source
 from erd_fast.data.manifest import DTYPES
+from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import SHARD_SIZE, write_store
 from erd_fast.errors import ConfigError, DataError
@@ -29,11 +29,12 @@ def write_source(source: Source, src: Path, dst: Path, options: ImportOptions) -
         DataError: it is empty or damaged, or its numbers do not fit; nothing is left then.
         ConfigError: the options do not fit it.
     """
-    with contextlib.closing(source.batches):
-        return _write(source, src, dst, options)
+    print(f"importing {'' if source.count is None else f'{source.count:,} samples of '}{src}", flush=True)
+    with contextlib.closing(source.batches), Progress("importing", "sample", source.count) as progress:
+        return _write(source, src, dst, options, progress)
 
 
-def _write(source: Source, src: Path, dst: Path, options: ImportOptions) -> LatentStore:
+def _write(source: Source, src: Path, dst: Path, options: ImportOptions, progress: Progress) -> LatentStore:
     first = next(source.batches, None)
     if first is None or not first[0].size:
         raise DataError(f"{src} has no samples, allowed at least one")
@@ -43,19 +44,15 @@ def _write(source: Source, src: Path, dst: Path, options: ImportOptions) -> Late
     described = _described(source, first[0].shape[1], src, options)
     dtype = torch.uint8 if source.kind == "pixels" else DTYPES[options.dtype]
     row = math.prod(first[0].shape[1:]) * dtype.itemsize
-    print(f"importing {'' if source.count is None else f'{source.count:,} samples of '}{src}", flush=True)
-    try:
-        return write_store(
-            dst,
-            _with_progress(_tensors(itertools.chain([first], source.batches), dtype), source.count),
-            kind=source.kind,
-            num_classes=source.num_classes if options.num_classes is None else options.num_classes,
-            shard_size=max(1, min(SHARD_SIZE, _SHARD_BYTES // row)),
-            **described,
-        )
-    except DataError as error:  # what the writer refuses it names by the number of the sample
-        named = str(src) in str(error) or str(dst) in str(error)
-        raise error if named else DataError(f"{src}: {error}") from None
+    return write_store(
+        dst,
+        _counted(_tensors(itertools.chain([first], source.batches), dtype), progress),
+        kind=source.kind,
+        num_classes=source.num_classes if options.num_classes is None else options.num_classes,
+        shard_size=max(1, min(SHARD_SIZE, _SHARD_BYTES // row)),
+        source=str(src),
+        **described,
+    )
 
 
 def _check_shape(latents: NDArray[Any], source: Source, src: Path) -> None:
@@ -109,10 +106,7 @@ def _tensors(
         yield rows, torch.from_numpy(labels.astype(np.int64))
 
 
-def _with_progress(batches: Iterator[tuple[Tensor, Tensor]], count: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    from tqdm import tqdm  # `make gpu` opens stores where it is not installed
-
-    with tqdm(total=count, desc="importing", unit="sample", disable=not sys.stderr.isatty()) as bar:
-        for latents, labels in batches:
-            yield latents, labels
-            bar.update(len(latents))
+def _counted(batches: Iterator[tuple[Tensor, Tensor]], progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    for latents, labels in batches:
+        yield latents, labels
+        progress.count(len(latents))

@@ -16,17 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erd_fast.data.formats.source import (
-    ADM_CROP,
-    ROWS_AT_ONCE,
-    SD_SCALE,
-    Batches,
-    ImportOptions,
-    Source,
-    as_floats,
-    as_labels,
-    reading,
-)
+from erd_fast.data.foreign import reading
+from erd_fast.data.formats.source import ROWS_AT_ONCE, SD_SCALE, Batches, ImportOptions, Source, as_floats, as_labels
+from erd_fast.data.manifest import ADM_CROP
 from erd_fast.errors import DataError
 from erd_fast.extras import load
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from erd_fast.data.decoding import decode_ahead, parts
 from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source
-from erd_fast.data.pictures import CROP, Pictures, open_pictures
+from erd_fast.data.manifest import ADM_CROP
+from erd_fast.data.pictures import Pictures, open_pictures
 from erd_fast.errors import ConfigError, DataError
 
 
@@ -16,6 +17,8 @@ def open_images(src: Path, options: ImportOptions) -> Source:
     otherwise."""
     if options.size < 1:
         raise ConfigError(f"size: given {options.size}, allowed 1 or more")
+    if options.flip == "stored":
+        raise ConfigError("flip: given stored, allowed none, mirror: pixels are mirrored in training")
     pictures = open_pictures(src)
     return Source(
         _batches(src, pictures, options.size),
@@ -23,7 +26,7 @@ def open_images(src: Path, options: ImportOptions) -> Source:
         count=len(pictures),
         num_classes=pictures.num_classes,
         class_names=pictures.class_names,
-        crop=CROP,
+        crop=ADM_CROP,
         flip=options.flip or "mirror",
     )
 

@@ -16,16 +16,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from erd_fast.data.formats.source import (
-    ADM_CROP,
-    ROWS_AT_ONCE,
-    Batches,
-    ImportOptions,
-    Source,
-    as_labels,
-    reading,
-    warn_of_gaps,
-)
+from erd_fast.data.foreign import reading
+from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source, as_labels, warn_of_gaps
+from erd_fast.data.manifest import ADM_CROP
 from erd_fast.errors import ConfigError, DataError
 
 _SHARD = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")

@@ -24,21 +24,20 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erd_fast.data.foreign import class_number, reading
 from erd_fast.data.formats.pickled import load_numbers
 from erd_fast.data.formats.source import (
-    ADM_CROP,
     ROWS_AT_ONCE,
     SD_SCALE,
     Batches,
     ImportOptions,
     Source,
     as_floats,
-    class_number,
     need_pickles,
-    reading,
     stacked,
     warn_of_gaps,
 )
+from erd_fast.data.manifest import ADM_CROP
 from erd_fast.errors import DataError
 from erd_fast.extras import load
 

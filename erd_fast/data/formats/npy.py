@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erd_fast.data.formats.source import reading
+from erd_fast.data.foreign import reading
 from erd_fast.errors import DataError
 
 _MAGIC = b"\x93NUMPY"

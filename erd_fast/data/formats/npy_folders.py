@@ -19,23 +19,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erd_fast.data.foreign import class_number, reading
 from erd_fast.data.formats.npy import read_header, read_npy
 from erd_fast.data.formats.pickled import load_numbers
 from erd_fast.data.formats.source import (
-    ADM_CROP,
     SD_SCALE,
     Batches,
     ImportOptions,
     Source,
     as_floats,
     as_labels,
-    class_number,
     in_batches,
     need_pickles,
-    reading,
     stacked,
     warn_of_gaps,
 )
+from erd_fast.data.manifest import ADM_CROP
 from erd_fast.errors import DataError
 
 IMAGENET = 1_281_167

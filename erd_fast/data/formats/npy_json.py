@@ -10,37 +10,23 @@ The two look alike and are not: EDM2 fed the autoencoder pixels of 0 to 1, for w
 """
 
 import contextlib
-import itertools
-import json
 import os
 import zipfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erd_fast.data.foreign import DATASET_JSON, ZIP_ERRORS, check_entries, labels_of_json, reading
 from erd_fast.data.formats.npy import read_npy
-from erd_fast.data.formats.source import (
-    SD_SCALE,
-    Batches,
-    ImportOptions,
-    Source,
-    as_floats,
-    class_number,
-    in_batches,
-    reading,
-    stacked,
-)
+from erd_fast.data.formats.source import SD_SCALE, Batches, ImportOptions, Source, as_floats, in_batches, stacked
 from erd_fast.errors import DataError
 
 _SD_MSE = "stabilityai/sd-vae-ft-mse"
 _EDM2_MEANS = (5.81, 3.25, 0.12, -2.15)
 _EDM2_STDS = (4.17, 4.62, 3.71, 3.28)
-_LABELS = "dataset.json"
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
 
 
 class _Files(NamedTuple):
@@ -98,11 +84,11 @@ def _folder(src: Path) -> _Files:
 
 
 def _zip(src: Path) -> _Files:
-    with reading(f"{src} as a folder or zip file", *_ZIP_ERRORS):
+    with reading(f"{src} as a folder or zip file", *ZIP_ERRORS):
         archive = zipfile.ZipFile(src)
 
     def read(name: str) -> bytes:
-        with reading(f"{src}/{name}", *_ZIP_ERRORS):
+        with reading(f"{src}/{name}", *ZIP_ERRORS):
             return archive.read(name)
 
     names = [name for name in archive.namelist() if not name.endswith("/")]
@@ -111,57 +97,13 @@ def _zip(src: Path) -> _Files:
 
 def _names_and_labels(files: _Files, src: Path) -> tuple[list[str], list[int] | None]:
     """Of the arrays, by name; no labels where there are no classes."""
-    for name in files.names:
-        _stay_inside(name, f"{src} has an entry")
+    check_entries(src, files.names)
     names = sorted(name for name in files.names if name.lower().endswith(".npy"))
-    if _LABELS not in files.names:
-        raise DataError(f"{src} has no {_LABELS}, allowed a folder or zip file with it")
+    if DATASET_JSON not in files.names:
+        raise DataError(f"{src} has no {DATASET_JSON}, allowed a folder or zip file with it")
     if not names:
         raise DataError(f"{src} has no .npy files, allowed one an image")
-    for name, following in itertools.pairwise(names):
-        if name == following:
-            raise DataError(f"{src} has two entries {name}")
-    return names, _labels(files, names, f"{src}/{_LABELS}")
-
-
-def _stay_inside(name: str, who: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{who} {name!r}, which leaves the folder, allowed names within it")
-
-
-def _labels(files: _Files, names: list[str], file: str) -> list[int] | None:
-    """The label of each of ``names``; None where there are no classes."""
-    try:
-        content = json.loads(files.read(_LABELS))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or "labels" not in content:
-        raise DataError(f'{file} has no field "labels"')
-    if content["labels"] is None:
-        return None
-    table = _label_table(content["labels"], file)
-    for name in names:
-        if name not in table:
-            raise DataError(f"{file} has no label for {name}")
-    if len(table) > len(names):
-        missing = sorted(table.keys() - set(names))
-        raise DataError(f"{file} names {missing[0]}, which is missing (files like it: {len(missing):,})")
-    return [table[name] for name in names]
-
-
-def _label_table(entries: Any, file: str) -> dict[str, int]:
-    if not isinstance(entries, list):
-        raise DataError(f'{file}: "labels": given a {type(entries).__name__}, allowed [[file, label], ...] or null')
-    table: dict[str, int] = {}
-    for entry in entries:
-        if type(entry) is not list or len(entry) != 2 or type(entry[0]) is not str or type(entry[1]) is not int:
-            raise DataError(f'{file}: "labels": given {str(entry)[:80]}, allowed [file, whole number]')
-        _stay_inside(entry[0], f"{file} names")
-        if entry[0] in table:
-            raise DataError(f"{file} names {entry[0]} twice")
-        table[entry[0]] = class_number(entry[1], file)
-    return table
+    return names, labels_of_json(src, names, files.read(DATASET_JSON))
 
 
 def _batches(files: _Files, names: list[str], labels: list[int] | None, src: Path) -> Batches:

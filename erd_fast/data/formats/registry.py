@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from erd_fast.data.celeba import open_celeba
 from erd_fast.data.formats.arrays import open_numpy
+from erd_fast.data.formats.celeba import open_celeba
 from erd_fast.data.formats.hdf5 import open_erd_hdf5
 from erd_fast.data.formats.images import open_images
 from erd_fast.data.formats.lightningdit import open_lightningdit

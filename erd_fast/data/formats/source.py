@@ -1,6 +1,5 @@
 """What importers share: what they may be told, what they hand over, and how they word what they refuse."""
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -15,9 +14,6 @@ from erd_fast.data.manifest import Flip, LatentKind
 from erd_fast.errors import ConfigError, DataError
 
 ROWS_AT_ONCE = 256
-ADM_CROP = "adm-center"
-"""Halved by averages until the shorter side is under twice the wanted one, then bicubic, then the middle square (the
-crop of ADM, arXiv 2105.05233, which DiT, U-ViT, EDM2 and their successors use)."""
 SD_SCALE = 0.18215
 """What the latents of Stable Diffusion's autoencoder are multiplied by (arXiv 2112.10752)."""
 _THREADS = 8  # for files of one image: mostly they wait for the disk
@@ -81,16 +77,6 @@ class Source:
     class_names: tuple[str, ...] = ()
 
 
-@contextlib.contextmanager
-def reading(name: object, *errors: type[Exception]) -> Iterator[None]:
-    """Turn OSError, and what else a library raises about damaged content, into a DataError about ``name``."""
-    caught: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *errors)
-    try:
-        yield
-    except caught as error:
-        raise DataError(f"{name} cannot be read: {error}") from error
-
-
 def need_pickles(options: ImportOptions, what: str) -> None:
     """Raises ConfigError unless pickles may be read."""
     if not options.allow_pickle:
@@ -109,12 +95,6 @@ def as_labels(array: NDArray[Any], name: object) -> NDArray[Any]:
     if array.dtype.kind not in "iu":
         raise DataError(f"{name}: given labels {array.dtype}, allowed whole numbers")
     return array
-
-
-def class_number(label: int, name: object) -> int:
-    if not 0 <= label < 2**31:
-        raise DataError(f"{name}: given label {label}, allowed 0 to {2**31 - 1}")
-    return label
 
 
 def stacked(rows: Sequence[NDArray[Any]], names: Sequence[object], example: tuple[int, ...]) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Collections of images as people keep them, and what becomes of an image before it is encoded."""
 
-from erd_fast.data.pictures.crop import CROP, decode
+from erd_fast.data.pictures.crop import decode
 from erd_fast.data.pictures.open import open_pictures
 from erd_fast.data.pictures.pictures import Pictures
 
-__all__ = ["CROP", "Pictures", "decode", "open_pictures"]
+__all__ = ["Pictures", "decode", "open_pictures"]

@@ -6,11 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from erd_fast.data.formats.source import ADM_CROP
 from erd_fast.errors import DataError
 
-CROP = ADM_CROP
-"""What a manifest calls :func:`centre_crop`."""
 _MOST_PIXELS = 1 << 27  # of an enlarged image, most of which is cut off again
 
 

@@ -2,15 +2,11 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from erd_fast.data.formats.source import reading
-from erd_fast.data.pictures.pictures import Pictures, classes_of_folders, classes_of_json, is_image, refuse_escape
-from erd_fast.errors import DataError
-
-_JSON = "dataset.json"
+from erd_fast.data.foreign import DATASET_JSON, ZIP_ERRORS, check_entries, labels_of_json, reading
+from erd_fast.data.pictures.pictures import Pictures, classes_of_folders, is_image
 
 
 def open_folder(src: Path) -> Pictures:
@@ -20,7 +16,7 @@ def open_folder(src: Path) -> Pictures:
         with open(f"{src}/{name}", "rb") as stream:
             return stream.read()
 
-    return _pictures(src, dict(_files(src)), read, has_json=(src / _JSON).is_file())
+    return _pictures(src, dict(_files(src)), read, has_json=(src / DATASET_JSON).is_file())
 
 
 def _files(src: Path) -> Iterator[tuple[str, int]]:
@@ -42,24 +38,21 @@ def _size(path: str) -> int:
 
 def open_zip(src: Path) -> Pictures:
     """Images in a .zip file."""
-    try:
+    with reading(f"{src} as a zip file", *ZIP_ERRORS):
         archive = zipfile.ZipFile(src)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{src} cannot be read as a zip file: {error}") from error
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    for entry in entries:
-        refuse_escape(src, entry.filename)
+    check_entries(src, [entry.filename for entry in entries])
     sizes = {entry.filename: entry.file_size for entry in entries if is_image(entry.filename)}
-    return _pictures(src, sizes, archive.read, has_json=any(entry.filename == _JSON for entry in entries))
+    return _pictures(src, sizes, archive.read, has_json=any(entry.filename == DATASET_JSON for entry in entries))
 
 
 def _pictures(src: Path, sizes: dict[str, int], read: Callable[[str], bytes], has_json: bool) -> Pictures:
     names = sorted(sizes)
     class_names: tuple[str, ...] = ()
     if has_json:
-        with reading(f"{src}: {_JSON}", zipfile.BadZipFile, RuntimeError, zlib.error):
-            content = read(_JSON)
-        labels = classes_of_json(src, names, content)
+        with reading(f"{src}/{DATASET_JSON}", *ZIP_ERRORS):
+            content = read(DATASET_JSON)
+        labels = labels_of_json(src, names, content)
     else:
         labels, class_names = classes_of_folders(src, names)
     return Pictures(names, [sizes[name] for name in names], labels, class_names, lambda i: read(names[i]))

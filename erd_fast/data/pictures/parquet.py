@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from erd_fast.data.foreign import CLASSES
 from erd_fast.data.pictures.pictures import Pictures
 from erd_fast.errors import DataError
 from erd_fast.extras import load
@@ -103,7 +104,7 @@ def _labels(path: Path, file: Any) -> list[int]:
     if "label" not in file.schema_arrow.names:
         return [-1] * file.metadata.num_rows
     labels = file.read(columns=["label"])["label"].to_pylist()
-    if wrong := [label for label in labels if type(label) is not int or not -1 <= label < 2**31]:
+    if wrong := [label for label in labels if type(label) is not int or not -1 <= label < CLASSES]:
         raise DataError(f"{path}: column label: given {wrong[0]!r}, allowed whole numbers, 0 or more, or -1 for none")
     return labels
 

@@ -3,10 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from erd_fast.errors import DataError
 
@@ -51,12 +49,6 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
-def refuse_escape(source: object, name: str) -> None:
-    """Raise DataError for the name of an entry that is no place within its archive."""
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:", name):
-        raise DataError(f"{source}: entry {name!r} leaves the folder; allowed are paths within it")
-
-
 def classes_of_folders(source: object, names: Iterable[str]) -> tuple[list[int] | None, tuple[str, ...]]:
     """(labels, class names): the first folder of a name is its class, in the order of their names; without folders
     there are no classes."""
@@ -71,33 +63,3 @@ def classes_of_folders(source: object, names: Iterable[str]) -> tuple[list[int] 
     folders = sorted({path[0] for path in parts})
     number = {folder: label for label, folder in enumerate(folders)}
     return [number[path[0]] for path in parts], tuple(folders)
-
-
-def classes_of_json(source: object, names: Sequence[str], content: bytes) -> list[int] | None:
-    """Labels of ``dataset.json``, {"labels": [[name, class], ...]} or null, as EDM2's tools write it."""
-    labels = _labels_of_json(f"{source}: dataset.json", content)
-    if labels is None:
-        return None
-    if missing := [name for name in names if name not in labels]:
-        raise DataError(f"{source}: dataset.json has no label of {missing[0]} ({len(missing):,} images are without)")
-    if absent := sorted(labels.keys() - set(names)):
-        raise DataError(f"{source}: dataset.json names {absent[0]}, which is not there ({len(absent):,} like it)")
-    return [labels[name] for name in names]
-
-
-def _labels_of_json(where: str, content: bytes) -> dict[str, int] | None:
-    allowed = 'allowed {"labels": [[name, class], ...]}'
-    try:
-        found: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("labels", 0), list | None):
-        raise DataError(f"{where}: given {str(found)[:60]}, {allowed}")
-    labels: dict[str, int] = {}
-    for pair in found["labels"] or ():
-        if not isinstance(pair, list) or [type(item) for item in pair] != [str, int] or pair[1] < 0:
-            raise DataError(f"{where}: given {str(pair)[:60]}, {allowed}, classes 0 or more")
-        if pair[0] in labels:
-            raise DataError(f"{where} names {pair[0]} twice")
-        labels[pair[0]] = pair[1]
-    return None if found["labels"] is None else labels

@@ -8,7 +8,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from erd_fast.data.formats.source import class_number
+from erd_fast.data.foreign import class_number
 from erd_fast.data.pictures.pictures import SUFFIXES, Pictures, is_image
 from erd_fast.errors import DataError
 

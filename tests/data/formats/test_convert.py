@@ -1,5 +1,6 @@
 """convert: dtypes, classes, what the user says instead of the format, memory."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 import foreign
+from erd_fast.data import LatentStore, writer
 from erd_fast.data.formats import convert
 from erd_fast.data.formats.convert import write_source
 from erd_fast.data.formats.source import ImportOptions, Source
+from erd_fast.data.importers import import_dataset
 from erd_fast.errors import ConfigError, DataError, RunError
 
 SAMPLE = {"kind": "sample"}
@@ -118,6 +121,40 @@ def test_an_interrupted_import_leaves_nothing(src, tmp_path, imported, monkeypat
     with pytest.raises(KeyboardInterrupt):
         imported("numpy", src, **SAMPLE)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(src, tmp_path, imported, monkeypatch):
+    def full(tensors, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("erd_fast.data.writer.save_file", full)
+    with pytest.raises(RunError, match=r"cannot write .*shard-00000.safetensors: No space left on device"):
+        imported("numpy", src, **SAMPLE)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_writers_the_first_to_end_is_kept(src, tmp_path, imported, monkeypatch, same):
+    """The second one says so, unless it has the same data."""
+    other, real, ended = tmp_path / "other.npy", writer.write_shard, []
+    np.save(other, np.load(src) if same else -np.load(src))
+    options = ImportOptions(kind="sample", dtype="float32")
+
+    def overtaken(*arguments):
+        if not ended:
+            ended.append(None)
+            import_dataset("numpy", other, tmp_path / "out" / "store-0", options)
+        return real(*arguments)
+
+    monkeypatch.setattr(writer, "write_shard", overtaken)
+    if same:
+        imported("numpy", src, **SAMPLE)
+    else:
+        with pytest.raises(DataError, match="store-0 was made by another process meanwhile, of other data"):
+            imported("numpy", src, **SAMPLE)
+    (store,) = (tmp_path / "out").iterdir()
+    assert torch.equal(LatentStore(store).gather(torch.arange(8)), torch.from_numpy(np.load(other)))
 
 
 def test_a_folder_that_cannot_be_made_is_one_message(src, tmp_path, imported):

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from erd_fast import cli
-from erd_fast.data import LatentStore, celeba
+from erd_fast.data import LatentStore
+from erd_fast.data.formats import celeba
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.data.importers import import_dataset
 from erd_fast.errors import DataError

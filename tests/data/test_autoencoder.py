@@ -1,0 +1,129 @@
+"""autoencoder: what is loaded, what it computes, and what is none."""
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from encoding import COUNT, OPTIONS, content, encode_given
+from erd_fast.data import LatentStore
+from erd_fast.data.encode import encode
+from erd_fast.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads_changes_no_byte_and_stays(given, whole, tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        encode_given(given, tmp_path / "s", workers=threads)
+        assert torch.get_num_threads() == threads
+        assert ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "s") == whole
+
+
+def test_shift_and_a_pipelines_folder_are_understood(given, tmp_path):
+    shutil.copytree(given / "vae", tmp_path / "pipeline" / "vae")
+    config = tmp_path / "pipeline" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.25, "scaling_factor": 2.0}))
+    store = encode(given / "images", tmp_path / "s", str(tmp_path / "pipeline"), OPTIONS)
+    assert (store.manifest.scale, store.manifest.shift) == ((2.0,) * 4, (0.25,) * 4)
+    assert store.manifest.vae.startswith("pipeline@")
+
+
+def test_means_and_stds_of_channels_are_understood(given, tmp_path):
+    vae = _altered(given, tmp_path / "vae", latents_mean=[1, 2, 3, 0], latents_std=[1, 2, 4, 8], scaling_factor=0.5)
+    manifest = encode(given / "images", tmp_path / "s", vae, OPTIONS).manifest
+    assert (manifest.scale, manifest.shift) == ((0.5, 0.25, 0.125, 0.0625), (1.0, 2.0, 3.0, 0.0))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_changes_digits_and_no_name(given, tmp_path, precision):
+    store, known = encode_given(given, tmp_path / "s", precision=precision), LatentStore(given / "whole")
+    means, expected = (of.gather(torch.arange(COUNT)).float()[:, :4] for of in (store, known))
+    # 18 convolutions, 14 norms, 13 activations and 4 linear layers, each rounded to bfloat16 by half a step, 2^-9.
+    assert (means - expected).abs().max() <= 49 * 2**-9 * expected.abs().max()
+    assert torch.equal(means, expected) == (precision == "fp32")  # tf32 on a CPU, too
+    assert store.manifest.vae == known.manifest.vae
+
+
+def _altered(given: Path, folder: Path, **config) -> str:
+    shutil.copytree(given / "vae", folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return str(folder)
+
+
+def _not_finite(given: Path, folder: Path) -> str:
+    name = _altered(given, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({key: torch.full_like(value, torch.nan) for key, value in weights.items()}, file)
+    return name
+
+
+def _with_some_weights(given: Path, folder: Path) -> str:
+    name = _altered(given, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = {key: value for key, value in load_file(file).items() if not key.startswith("encoder.conv_in")}
+    save_file(weights, file, {"format": "pt"})
+    return name
+
+
+def _without_weights(given: Path, folder: Path) -> str:
+    name = _altered(given, folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    return name
+
+
+VAES = {
+    "absent": (lambda given, folder: str(folder), "vae: .* is no folder"),
+    "empty": (
+        lambda given, folder: folder.mkdir() or str(folder),
+        "vae has no config.json, allowed the folder of an AutoencoderKL or of a pipeline",
+    ),
+    "another model": (
+        lambda given, folder: _altered(given, folder, _class_name="UNet2DModel"),
+        "config.json: _class_name: given 'UNet2DModel', allowed 'AutoencoderKL'",
+    ),
+    "grey": (lambda given, folder: _altered(given, folder, in_channels=1), "in_channels: given 1, allowed 3"),
+    "no weights": (_without_weights, "vae cannot be loaded from safetensors: Error no file named"),
+    "some weights": (_with_some_weights, "its file lacks 2 weights, first encoder.conv_in.bias; allowed all"),
+    "other sizes": (
+        lambda given, folder: _altered(given, folder, latent_channels=16),
+        "vae cannot be loaded from safetensors: .*size mismatch",
+    ),
+    "not finite": (
+        _not_finite,
+        "images: the latents of china/0000.jpg are not finite in float16, made in tf32; allowed finite numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", VAES)
+def test_an_autoencoder_that_is_none_is_named(given, tmp_path, fault):
+    make, message = VAES[fault]
+    vae = make(given, tmp_path / "vae")
+    with pytest.raises(DataError, match=message):
+        encode(given / "images", tmp_path / "store", vae, OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["vae"])  # nothing to go on from
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"nobody/nothing is no folder, and the .* hub does not give it: Cannot reach"):
+        encode(given / "images", tmp_path / "store", "nobody/nothing", OPTIONS)
+
+
+def test_without_diffusers_the_extra_is_named(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"diffusers is not installed: pip install 'erd-fast\[vae\]'"):
+        encode_given(given, tmp_path / "store")
