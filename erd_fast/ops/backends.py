@@ -55,8 +55,16 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
 def asked_for(op: str, has: tuple[str, ...]) -> str | None:
     """The backend named for ``op``, which has the backends ``has``; None is auto."""
     choice = _chosen.get()
-    if choice is None:
-        choice = _parsed(os.environ.get(_VARIABLE, ""), _VARIABLE)
+    return _named(_parsed(os.environ.get(_VARIABLE, ""), _VARIABLE) if choice is None else choice, op, has)
+
+
+def requested_by_block(op: str, has: tuple[str, ...]) -> str | None:
+    """As :func:`asked_for`, by :func:`use_backend` only: what is gone in another thread. torch.compile can trace it."""
+    choice = _chosen.get()
+    return None if choice is None else _named(choice, op, has)
+
+
+def _named(choice: dict[str, str], op: str, has: tuple[str, ...]) -> str | None:
     general = choice.get("")
     named = choice.get(op, general if general in has else None)
     return None if named == "auto" else named

@@ -15,7 +15,6 @@ import contextvars
 import dataclasses
 import importlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn import Parameter
 
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import choices
-from erd_fast.ops.backends import OPS, absence, asked_for, interpreted
+from erd_fast.ops.backends import OPS, absence, asked_for, interpreted, requested_by_block
 from erd_fast.ops.choices import form_of
 
 Outputs = tuple[Tensor, ...]
@@ -113,12 +112,12 @@ class Op:
     """The backend of the last call, for logs and benchmarks."""
     _auto: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """By type of device, the backends that are there."""
-    _dropped: set[tuple[str, str, str]] = dataclasses.field(default_factory=set)
-    """(direction, backend, form of the arguments) that failed."""
 
     def __call__(self, *args: Any) -> Outputs:
-        if torch.compiler.is_compiling():  # there is nothing to choose yet: the op chooses when the graph runs
-            return self.forward.registered(*args, "")
+        if torch.compiler.is_compiling():
+            # A block's request becomes a constant of both graphs, since the backward graph may run in a thread without
+            # it; another request recompiles. Without one the op chooses when the graph runs.
+            return self.forward.registered(*args, requested_by_block(self.name, self.backends) or "")
         if explaining.get():
             raise ReachedError(self, args)
         backend = self.choose(*args)
@@ -147,15 +146,19 @@ class Op:
         """
         named = asked_for(self.name, self.backends)
         if named is not None:
-            refusal = self.refusal(named, *args)
-            if refusal is not None:
-                raise BackendUnavailableError(self.name, named, *refusal)
-            return named
+            return self.require(named, *args)
         if self.timed:
             chosen = choices.chosen(self.name, form_of(args)) or choices.probe(self, args, whole)
             if chosen and chosen in self.candidates(self.forward, args):  # stored elsewhere, it may be missing here
                 return chosen
         return next(self.candidates(self.forward, args))
+
+    def require(self, backend: str, *args: Any) -> str:
+        """``backend``, if it can run the forward pass on these arguments. Raises BackendUnavailableError if not."""
+        refusal = self.refusal(backend, *args)
+        if refusal is not None:
+            raise BackendUnavailableError(self.name, backend, *refusal)
+        return backend
 
     def candidates(self, direction: Pass, args: Sequence[Any]) -> Iterator[str]:
         """Backends that can take a call, the one that is tried first first; the last is the reference."""
@@ -164,7 +167,7 @@ class Op:
             here = [name for name in self.backends if self._takes(name) in (on, "") and self.refusal(name) is None]
             self._auto[on] = tuple(sorted(here, key=self.lateness))
         for name in self._auto[on]:
-            if direction.reason_against(name, tuple(args)) is None and not self.is_dropped(direction, name, args):
+            if direction.reason_against(name, tuple(args)) is None:
                 yield name
 
     def refusal(self, backend: str, *args: Any) -> tuple[str, str] | None:
@@ -181,45 +184,29 @@ class Op:
         return None if reason is None else (reason, "take another backend for this call")
 
     def run(self, direction: Pass, *args: Any) -> Outputs:
-        """A pass, with the schema's arguments and the backend's name; "" is still to be chosen.
-
-        A backend that nobody asked for by name and that fails on arguments of this form is dropped for them, with a
-        warning, and the next one takes its place.
-        """
+        """Run a pass, with the schema's arguments and the backend's name; "" is still to be chosen."""
         *inputs, backend = args
-        if not backend or self.is_dropped(direction, backend, inputs):
-            backend = self._own_choice(direction, inputs)
+        backend = backend or self._own_choice(direction, inputs)
         try:
             return self._run_on(direction, backend, tuple(inputs))
         except Exception as error:
-            self._drop(direction, backend, inputs, error)
-        return self.run(direction, *inputs, "")
+            self._note_failure(error, direction, backend)
+            raise
 
     def _call_library(self, backend: str, args: tuple[Any, ...]) -> Outputs:
-        """As :meth:`run`, on a library. (Where its gradient fails, the forward pass is long over.)"""
+        """As :meth:`run`, on a library."""
         self._note(backend)
         try:
             return self.libraries[backend].call(*args)
         except Exception as error:
-            self._drop(self.forward, backend, args, error)
-        return self(*args)
+            self._note_failure(error, self.forward, backend)
+            raise
 
-    def _drop(self, direction: Pass, backend: str, inputs: Sequence[Any], error: Exception) -> None:
-        """Warn, and go without ``backend`` for arguments of this form. Raise the error again where it was asked for or
-        is the last, or where the form is not to blame: memory is short, a graph is captured, functorch is at work."""
-        named = asked_for(self.name, self.backends)
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        transformed = torch._C._are_functorch_transforms_active()
-        half_done = bool(direction.mutates)  # what a failed launch has changed would be changed again
-        if backend in ("reference", named) or _memory_is_short(error) or capturing or transformed or half_done:
-            raise error
-        self._dropped.add((direction.direction, backend, form_of(inputs)))
-        warnings.warn(
-            f"{self.name}: backend {backend} failed in its {direction.direction} pass and is dropped for "
-            f"{form_of(inputs)}: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    def _note_failure(self, error: Exception, direction: Pass, backend: str) -> None:
+        """Add to an exception which backend failed, and how to select another one. There is no silent fallback: ranks
+        would run different kernels, and a fault of a kernel would show as a slow step."""
+        remedy = "" if backend == "reference" else f"; ERD_FAST_BACKEND={self.name}=reference selects PyTorch's"
+        error.add_note(f"erd_fast: the {direction.direction} pass of {self.name} failed on backend {backend}{remedy}")
 
     def _own_choice(self, direction: Pass, inputs: Sequence[Any]) -> str:
         """As :meth:`choose`, of backends that run in a registered op: no libraries."""
@@ -246,9 +233,6 @@ class Op:
             self.used = backend
             _log.info("%s runs on %s", self.name, backend)
 
-    def is_dropped(self, direction: Pass, backend: str, args: Sequence[Any]) -> bool:
-        return bool(self._dropped) and (direction.direction, backend, form_of(args)) in self._dropped
-
     def lateness(self, backend: str) -> int:
         """``auto`` tries those with the lowest number first."""
         late = backend in self.libraries and self.libraries[backend].late()
@@ -269,11 +253,6 @@ class Op:
 
 
 _SUFFIX = {"forward": "fwd", "backward": "bwd"}
-
-
-def _memory_is_short(error: Exception) -> bool:
-    texts = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 class _Eager(torch.autograd.Function):
@@ -358,6 +337,8 @@ def _register(op: Op, direction: Pass) -> None:
     full = direction.schema.replace(") ->", ", str backend) ->", 1)
 
     def run(*args: Any) -> Outputs | None:
+        if direction is op.forward and args[-1]:  # a name that was requested while a graph was traced
+            op.require(args[-1], *args[:-1])
         return op.run(direction, *args) or None
 
     called = f"erd_fast::{op.name}_{_SUFFIX[direction.direction]}"

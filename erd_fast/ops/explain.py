@@ -7,7 +7,7 @@ from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.ops import choices
 from erd_fast.ops.backends import BACKENDS, OPS, asked_for
 from erd_fast.ops.choices import form_of
-from erd_fast.ops.declare import Op, ReachedError, explaining
+from erd_fast.ops.declare import ReachedError, explaining
 
 
 def explain(op: str, *args: Any, **how: Any) -> str:
@@ -30,7 +30,7 @@ def explain(op: str, *args: Any, **how: Any) -> str:
         finally:
             explaining.reset(token)
     names = dict.fromkeys((*sorted(declared.backends, key=declared.lateness)[:-1], *BACKENDS))
-    refusals = {backend: _refusal(declared, backend, flat) for backend in names}
+    refusals = {backend: declared.refusal(backend, *flat) for backend in names}
     named = asked_for(op, declared.backends)
     if named:
         chosen, why = named, "asked for by name"
@@ -40,9 +40,3 @@ def explain(op: str, *args: Any, **how: Any) -> str:
         chosen, why = next(name for name, refusal in refusals.items() if refusal is None), "the first that can run"
     reasons = [f"  {backend}: {'; '.join(refusal or ('can run',))}" for backend, refusal in refusals.items()]
     return "\n".join([f"{op} takes {chosen}, {why}", *reasons])
-
-
-def _refusal(op: Op, backend: str, flat: tuple[Any, ...]) -> tuple[str, str] | None:
-    if flat and op.is_dropped(op.forward, backend, flat):
-        return "it failed on arguments of this form", "see the warning that it gave"
-    return op.refusal(backend, *flat)

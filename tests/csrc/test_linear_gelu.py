@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -351,14 +350,12 @@ def test_arguments_that_would_read_elsewhere_are_refused(built, wrong, message):
 
 
 @pytest.fixture
-def through_cuda(built, monkeypatch) -> Iterator[None]:
+def through_cuda(built, monkeypatch) -> None:
     """The op as it runs where there is a GPU."""
     op = OPS["linear_gelu"]
     monkeypatch.setattr(op, "choose", lambda *args, **how: "cuda")
     kernels = {"forward": built.ops.linear_gelu_fwd, "backward": built.ops.linear_gelu_bwd}
     monkeypatch.setattr(op, "_kernel", lambda backend, direction: kernels[direction.direction])
-    yield
-    assert not op._dropped
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -381,6 +378,35 @@ def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype):
 
     hold(ours, plain, inputs, ("y", "dx", "dweight", "dbias", "dnext_weight", "dnext_bias"))
     assert built.multiplications == before + 2 * SEEDS
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_cuda, built, monkeypatch, fails):
+    """Autograd runs backward passes of a GPU in a thread of its own."""
+    op, ran = OPS["linear_gelu"], []
+    kernel_of = op._kernel
+
+    def noted(backend: str, direction: Any) -> Any:
+        ran.append((backend, direction.direction))
+        if fails and direction is op.backward:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return kernel_of(backend, direction)
+
+    monkeypatch.setattr(op, "_kernel", noted)
+    x, *parameters = _drawn(0, torch.float32, (9, 16), (40, 16), (40,), (24, 40), (24,))
+    y = gelu_mlp(x.requires_grad_(), *parameters)
+    with ThreadPoolExecutor(1) as pool:
+        gradient = pool.submit(torch.autograd.grad, y.sum(), x)
+        if fails:
+            with pytest.raises(RuntimeError, match="NOT_SUPPORTED") as caught:
+                gradient.result()
+            assert (
+                "linear_gelu failed on backend cuda; ERD_FAST_BACKEND=linear_gelu=reference"
+                in caught.value.__notes__[0]
+            )
+        else:
+            assert gradient.result()[0].isfinite().all()
+    assert ran == [("cuda", "forward"), ("cuda", "backward")]
 
 
 def test_a_layer_through_cuda_is_pytorchs(through_cuda):
