@@ -1,10 +1,14 @@
-"""Files that are whole or absent: atomic writes, and the folder for cached imports and judges."""
+"""Files that are whole or absent: atomic writes, and the folder for cached imports and judges.
+
+Permissions are those of any new file or folder, as the umask has them. safetensors replaces a file by one that only its
+owner can read, so files get their permissions when they are whole.
+"""
 
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,8 +63,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
-        partial.chmod(0o644)  # safetensors lets nobody else read what it writes
+        partial.chmod(mode)
         _sync(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
@@ -90,10 +96,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     If ``path`` appeared meanwhile (another process made it), that one is kept. Raises RunError on a failed write.
     """
     make_folder(path.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)
+        for file in partial.iterdir():
+            file.chmod(partial.stat().st_mode & 0o666)
         try:
             _rename_whole(partial, path)
         except OSError:

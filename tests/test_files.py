@@ -5,10 +5,21 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from erd_fast.errors import DataError, RunError
-from erd_fast.files import cache_dir, make_folder, new_folder, read_json, remove_partial, write_json, write_text
+from erd_fast.files import (
+    cache_dir,
+    make_folder,
+    new_folder,
+    read_json,
+    remove_partial,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 
 def _below_a_file(folder: Path) -> Path:
@@ -94,8 +105,27 @@ def test_a_new_folder_appears_whole(tmp_path):
         assert not path.exists()
         assert partial.name.startswith(".")
     assert (path / "content").read_text() == "all"
-    assert path.stat().st_mode & 0o777 == 0o755
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("umask", "of_folders", "of_files"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (2, 0o775, 0o664)]
+)
+def test_permissions_follow_the_umask(tmp_path, umask, of_folders, of_files):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "folder") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "x.safetensors")
+            write_json(folder / "x.json", {})
+        with whole_file(tmp_path / "x.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial)
+        write_text(tmp_path / "x.txt", "new")
+        write_text(tmp_path / "x.txt", "replaced")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(modes) == 5 and modes.pop(tmp_path / "folder") == of_folders
+    assert set(modes.values()) == {of_files}
 
 
 @pytest.mark.parametrize(
