@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from erd_fast.training.step import TrainStep
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """On a GPU torch, cuDNN and Inductor warn of things that no CPU shows: there warnings are printed, not errors."""
+    if torch.cuda.is_available():
+        config.addinivalue_line("filterwarnings", "default")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """ERD_FAST_CACHE: one folder for the session, shared by its worker processes."""

@@ -113,7 +113,7 @@ def computing(config: RunConfig) -> dict[str, Any]:
 
 
 def set_numerics(config: RunConfig, device: torch.device) -> None:
-    """What PyTorch has as switches of a whole process: TensorFloat-32, and determinism."""
+    """Set what PyTorch has as switches of a whole process: TensorFloat-32, reductions of products, determinism."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
         torch.use_deterministic_algorithms(True)
@@ -121,3 +121,6 @@ def set_numerics(config: RunConfig, device: torch.device) -> None:
         tf32 = config.train.precision != "fp32"
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
+        # A weight's gradient is a sum over all tokens of a batch; cuBLAS may split it, and round the parts to bfloat16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -1,6 +1,7 @@
 """A training step as one CUDA graph, launched by one call."""
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from erd_fast.training.step import TrainStep
 
 _WARM_UP, _WARM_UP_REPLICATED = 3, 11
 """Steps taken eagerly before the capture: allocations and choices settle, and DistributedDataParallel wants eleven."""
+_LEAD = 3
+"""Steps that the host may be ahead of the device: enough to hide the host's work. More would keep a reader's batches in
+the device's memory, and delay what the host does on a signal."""
 
 
 class StepGraph:
@@ -29,6 +33,7 @@ class StepGraph:
         self._wanted = on_gpu and step.config.train.cuda_graph == "on"
         self._eager_left = _WARM_UP_REPLICATED if step.ranks.size > 1 else _WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._ends: deque[torch.cuda.Event] = deque()  # of the steps that the device may not have taken yet
         self._staged: list[Batch] = []
         # What runs between replays does so on this stream and in this pool, so that memory serves both.
         self._stream = torch.cuda.Stream(step.device) if self._wanted else None
@@ -41,6 +46,8 @@ class StepGraph:
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Take a step on the next micro-batches. Returns the step's loss, see :class:`TrainStep`."""
+        if len(self._ends) == _LEAD:
+            self._ends.popleft().synchronize()
         given = [next(batches) for _ in range(self._step.micro_batches)]
         if not self._wanted:
             self._step.compute(given)
@@ -50,6 +57,10 @@ class StepGraph:
             self._stage(given)
             self._step.optimizer.refresh()
             self._graph.replay()
+        if self._step.device.type == "cuda":
+            end = torch.cuda.Event(blocking=True)  # the waiting thread leaves its core to the reader
+            end.record(torch.cuda.current_stream(self._step.device))
+            self._ends.append(end)
         return self._step.loss
 
     @contextlib.contextmanager
@@ -85,6 +96,8 @@ class StepGraph:
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         assert self._pool is not None
+        # Those of the last eager step: freed within the capture, their memory could not be given back.
+        self._step.optimizer.zero_grad(set_to_none=True)
         try:
             # thread_local: a reader's thread may allocate pinned memory meanwhile.
             how: Any = {"pool": self._pool.id, "stream": self._stream, "capture_error_mode": "thread_local"}

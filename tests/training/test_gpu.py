@@ -70,6 +70,23 @@ def test_what_runs_between_replays_in_their_memory_does_not_disturb_them(tmp_pat
     assert _losses(config, store, tmp_path, between=sample) == pytest.approx(expected, rel=2**-9)
 
 
+@pytest.mark.parametrize("cuda_graph", ["on", "off"])
+def test_the_host_is_at_most_three_steps_ahead(tiny, store, cuda_graph):
+    step = build_step(tiny(train={"precision": "bf16", "cuda_graph": cuda_graph}), store, GPU)
+    graph, batches = StepGraph(step), open_reader(store, "resident", GPU).batches(step.plan, 0)
+    for _ in range(STEPS):
+        graph(batches)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    slept = torch.cuda.Event()
+    slept.record()
+    for _ in range(3):
+        graph(batches)
+    assert not slept.query()
+    graph(batches)  # waits for the first of the three
+    assert slept.query()
+
+
 def test_a_rate_that_changes_between_replays_acts(tmp_path, tiny, store):
     def stop(graph: StepGraph, step) -> None:
         if step.optimizer.counts[0] == STEPS - 1:
