@@ -5,13 +5,13 @@
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make soak    what takes longer than a test may: runs with kernels and without learn alike
 # make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
-# make gpu     on a machine with a GPU and torch, without .venv and network: tests, then ops and step; PART=tests, ops,
-#              attention, step or data is one
+# make gpu     on a machine with a GPU and torch, without .venv and network: what matters most, within 8 minutes, to
+#              out/gpu; PART=tests, ops, attention, step or data is one of its parts at length
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: setup dev train test soak lint fixtures bench gpu gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
+.PHONY: setup dev train test soak lint fixtures bench gpu gpu-all gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
     wheel wheel-check clean
 .DELETE_ON_ERROR:
 
@@ -61,14 +61,20 @@ bench: dev
 	$(BIN)/python bench/run.py data
 	$(BIN)/python bench/tables.py
 
-gpu: $(addprefix gpu-,$(or $(PART),tests ops step))
+gpu: $(addprefix gpu-,$(or $(PART),all))
+
+gpu-all:
+	$(PYTHON) bench/run.py gpu
+
+gpu-tests:
+	$(PYTHON) bench/run.py gpu --only tests
 
 gpu-install:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "make gpu: $(PYTHON) has no torch that sees a CUDA device"; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
-gpu-tests gpu-ops gpu-attention gpu-step gpu-data: gpu-%: gpu-install
+gpu-ops gpu-attention gpu-step gpu-data: gpu-%: gpu-install
 	$(PYTHON) bench/run.py $*
 
 wheel: dev

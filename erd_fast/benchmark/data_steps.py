@@ -32,8 +32,10 @@ def bench_steps(
     store: LatentStore,
     loaders: tuple[Loader, ...],
     device: torch.device,
+    steps: int = _STEPS,
 ) -> Iterator[Record]:
-    """A record for each of the ``loaders`` that is installed: of training ``model`` on the store, which is latents."""
+    """A record for each of the ``loaders`` that is installed: of training ``model`` on the store, which is latents.
+    ``steps``: between two looks at the loss."""
     config = RunConfig(
         train=TrainConfig(batch_size=batch_size, precision="bf16" if device.type == "cuda" else "fp32"),
         model=model,
@@ -53,7 +55,7 @@ def bench_steps(
         with contextlib.closing(_timed(reader.batches(step.plan, 0), speed)) as batches, contextlib.closing(graph):
             for _ in range(_WARM_UP):
                 graph(batches)
-            logged = [_interval(graph, batches, speed, batch_size) for _ in range(_INTERVALS)]
+            logged = [_interval(graph, batches, speed, batch_size, steps) for _ in range(_INTERVALS)]
         timing = timing_of([line["step_ms"] / 1e3 for line in logged])
         yield Record(
             "data/step",
@@ -67,13 +69,13 @@ def bench_steps(
 
 
 def _interval(
-    graph: StepGraph, batches: Generator[Batch, None, None], speed: Speed, batch_size: int
+    graph: StepGraph, batches: Generator[Batch, None, None], speed: Speed, batch_size: int, steps: int
 ) -> dict[str, float]:
-    """What a run logs of ``_STEPS`` steps."""
+    """What a run logs of this many steps."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     speed.restart()
-    for _ in range(_STEPS):
+    for _ in range(steps):
         loss = graph(batches)
         speed.count(batch_size)
     float(loss)

@@ -52,7 +52,7 @@ def bench(what: str, pattern: str = "", seconds: float = SECONDS, limit: float |
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = matching(pattern, cases(what, device))
     say("machine copy")
-    yield _copy(device, seconds)
+    yield copy(device, seconds)
     if any(case.multiplies for case in chosen):
         say("machine matmul")
         yield matmul(device, seconds)
@@ -63,6 +63,9 @@ def bench(what: str, pattern: str = "", seconds: float = SECONDS, limit: float |
             continue
         say(name)
         yield from bench_case(case, device, seconds)
+
+
+Failed = Callable[[Variant, Exception], None]
 
 
 class Named(Protocol):
@@ -100,9 +103,16 @@ class _Prepared(NamedTuple):
     errors: list[float]
 
 
-def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Record]:
+def bench_case(
+    case: Case, device: torch.device, seconds: float, *, compiled: bool = True, failed: Failed | None = None
+) -> Iterator[Record]:
     """Check all variants of a case, then time them in turn. What does not run here is named and left out, and so is a
-    baseline or another project's backend that gives something else; ours that does ends the run."""
+    baseline or another project's backend that gives something else; ours that does ends the run.
+
+    Args:
+        compiled: with the baselines that torch.compile makes.
+        failed: called with every variant that fails, and why; nothing ends the run then.
+    """
     torch.compiler.reset()  # code that was compiled for eight other sizes would run uncompiled from here on
     try:
         workload = case.build(device)
@@ -112,9 +122,14 @@ def bench_case(case: Case, device: torch.device, seconds: float) -> Iterator[Rec
         return
     prepared: dict[Variant, _Prepared] = {}
     for variant in variants_of(case, device):
+        if variant.name.startswith("compile") and not compiled:
+            continue
         try:
             prepared[variant] = _prepare(case, workload, variant, expected, device)
         except Exception as error:
+            if failed is not None:
+                failed(variant, error)
+                continue
             others = any(variant.backend in OPS[op].libraries for op in case.ops)
             if variant.ours and not others and not isinstance(error, (torch.OutOfMemoryError, BackendUnavailableError)):
                 raise
@@ -204,7 +219,7 @@ def _peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _copy(device: torch.device, seconds: float) -> Record:
+def copy(device: torch.device, seconds: float) -> Record:
     """A copy past all caches: what memory gives, and what the bandwidth of an op is a part of."""
     on_gpu = device.type == "cuda"
     source = torch.rand(_COPY_BYTES * (4 if on_gpu else 1) // 4, device=device)

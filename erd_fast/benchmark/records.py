@@ -116,7 +116,8 @@ def table(records: Iterable[Record]) -> str:
         part = "" if record.gb_per_s is None or copy is None else f"{record.gb_per_s / copy:.1%}"
         rest = ["" if getattr(record, name) is None else _MORE[name][1](getattr(record, name)) for name in more]
         names = [record.group, record.case, record.variant, record.backend]
-        lines.append([*names, *times, rate, part, *rest, f"{base / record.median_s:.2f}"])
+        speed = "" if math.isnan(base) else f"{base / record.median_s:.2f}"
+        lines.append([*names, *times, rate, part, *rest, speed])
     return aligned(lines, names=4)
 
 
@@ -126,6 +127,7 @@ _MORE: dict[str, tuple[str, Callable[[float], str]]] = {
     "images_per_sec": ("images/s", "{:.1f}".format),
     "gradient_off": ("gradient off", "{:.1e}".format),
     "peak_bytes": ("peak GiB", lambda count: f"{count / 2**30:.3f}"),
+    "wait_pct": ("data wait", "{:.2f}%".format),
 }
 """Columns that some records have: head, and how a value is written."""
 

@@ -27,7 +27,7 @@ from erd_fast.ops import OPS
 SECONDS = 5.0
 _MATMUL_SECONDS = 0.3
 _SAMPLE_SECONDS = 0.2  # of steps in a row, between which nobody waits for a GPU, as in a run
-_LEAST_RUNS = 5
+LEAST_RUNS = 5
 _WARM_UP = {"cuda": 5, "cpu": 1}
 """Steps before the one that is checked: that is a replay then, of StepGraph's and of torch.compile's graphs."""
 
@@ -35,7 +35,7 @@ Late = Callable[[str], bool]
 """Whether it is too late to begin this; says so."""
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What is known of a variant before it is timed, and stays known when it has made room."""
 
     ran: str
@@ -48,7 +48,7 @@ class _Ready(NamedTuple):
     """A variant that trains, and computes the right numbers."""
 
     trainer: Trainer
-    facts: _Facts
+    facts: Facts
     off: Off
 
 
@@ -132,7 +132,7 @@ def _join(
 ) -> Literal["ready", "crowded", "absent"]:
     alone = not ready
     try:
-        trainer, facts = _begun(problem, name)
+        trainer, facts = begin(problem, name)
         ready[name] = _Ready(trainer, facts, check(problem, witness(trainer), _where(case, name)))
         return "ready" if alone or _undisturbed(ready) else "crowded"
     except Exception as error:
@@ -168,9 +168,9 @@ def _undisturbed(ready: dict[str, _Ready]) -> bool:
 def _timed(case: StepCase, problem: Problem, ready: dict[str, _Ready], seconds: float) -> Iterator[Record]:
     if not ready:
         return
-    timings = interleaved([_sampler(found.trainer) for found in ready.values()], seconds, _LEAST_RUNS)
+    timings = interleaved([sampler_of(found.trainer) for found in ready.values()], seconds, LEAST_RUNS)
     for (name, found), timing in zip(ready.items(), timings, strict=True):
-        yield _record(case, name, found.facts, found.off, timing, problem.device)
+        yield record_of(case, name, found.facts, found.off, timing, problem.device)
 
 
 def _at_largest_batch(case: StepCase, problem: Problem, seconds: float, late: Late) -> Iterator[Record]:
@@ -190,9 +190,9 @@ def _alone(case: StepCase, problem: Problem, name: str, seconds: float) -> Recor
         if size == 0:
             raise torch.OutOfMemoryError("out of memory with one image")
         sized = problem.sized(size)
-        trainer, facts = _begun(sized, name)
+        trainer, facts = begin(sized, name)
         evidence = witness(trainer)
-        (timing,) = interleaved([_sampler(trainer)], seconds, _LEAST_RUNS)
+        (timing,) = interleaved([sampler_of(trainer)], seconds, LEAST_RUNS)
         del trainer
         _make_room()
         off = check(sized, evidence, f"{_where(case, name)} at N={size}")
@@ -201,7 +201,7 @@ def _alone(case: StepCase, problem: Problem, name: str, seconds: float) -> Recor
             raise
         leave_out(name, error)
         return None
-    return dataclasses.replace(_record(case, name, facts, off, timing, problem.device), batch=size)
+    return dataclasses.replace(record_of(case, name, facts, off, timing, problem.device), batch=size)
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:
@@ -216,7 +216,7 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
 
 def _fits(problem: Problem, name: str) -> bool:
     try:
-        _begun(problem, name)
+        begin(problem, name)
         return True
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -226,8 +226,8 @@ def _fits(problem: Problem, name: str) -> bool:
         _make_room()
 
 
-def _begun(problem: Problem, name: str) -> tuple[Trainer, _Facts]:
-    """A variant that has taken its first steps."""
+def begin(problem: Problem, name: str) -> tuple[Trainer, Facts]:
+    """The variant called ``name`` after its first steps, and what is known of it."""
     on_gpu, batch = problem.device.type == "cuda", problem.config.train.batch_size
     for op in OPS.values():
         op.used = None
@@ -240,10 +240,11 @@ def _begun(problem: Problem, name: str) -> tuple[Trainer, _Facts]:
     if isinstance(trainer, Ours) and not trainer.is_as_named:
         raise RunError(f"bench: {name}: the step was not captured as a CUDA graph, see the warning")
     peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else None
-    return trainer, _Facts(backends_used(tuple(OPS)), peak_bytes, batch, 3 * batch * model_flops(trainer.model))
+    return trainer, Facts(backends_used(tuple(OPS)), peak_bytes, batch, 3 * batch * model_flops(trainer.model))
 
 
-def _sampler(trainer: Trainer) -> Sampler:
+def sampler_of(trainer: Trainer) -> Sampler:
+    """Steps in a row, between which nobody waits for a GPU."""
     return wall([trainer.step], _SAMPLE_SECONDS)
 
 
@@ -276,7 +277,8 @@ def _where(case: StepCase, name: str) -> str:
     return f"{case.group} {case.name}, {name}"
 
 
-def _record(case: StepCase, name: str, facts: _Facts, off: Off, timing: Timing, device: torch.device) -> Record:
+def record_of(case: StepCase, name: str, facts: Facts, off: Off | None, timing: Timing, device: torch.device) -> Record:
+    """``off``: what :func:`check` found, if it was checked."""
     return Record(
         case.group,
         case.name,
@@ -285,7 +287,7 @@ def _record(case: StepCase, name: str, facts: _Facts, off: Off, timing: Timing, 
         **dataclasses.asdict(timing),
         **rates_of(timing, facts.flops, device),
         images_per_sec=facts.batch / timing.median_s,
-        loss_off=off.loss,
-        gradient_off=off.gradient,
+        loss_off=off.loss if off else None,
+        gradient_off=off.gradient if off else None,
         peak_bytes=facts.peak_bytes,
     )

@@ -7,7 +7,7 @@ Any step can be checked, also the replay of a CUDA graph: what it began with and
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from erd_fast.training.config import OptimConfig, RunConfig
 Named = dict[str, Tensor]
 _ADAM_EPS = 1e-8
 _CLIP_EPS = 1e-6  # PyTorch clips by norm + 1e-6
+_MOST_SKIPPED = 20  # from a loss scale of 2^16 down to one that fits
 _ROUNDED = 16  # float32 operations from a gradient to a parameter
 
 
@@ -84,11 +85,14 @@ class Off(NamedTuple):
 
 
 def witness(trainer: Trainer) -> Evidence:
-    """Take a step and note all of it."""
+    """Take a step and note all of it. A step that float16 skips, to find its loss scale, is taken again."""
     taken, decay, *kept = _state(trainer)
     before = State(taken, decay, *map(_on_host, kept))
-    loss = trainer.step().to("cpu", copy=True)
-    after = _state(trainer)
+    for _ in range(_MOST_SKIPPED):
+        loss = trainer.step().to("cpu", copy=True)
+        after = _state(trainer)
+        if after.taken > taken:
+            break
     parameters = trainer.model.named_parameters()
     return Evidence(
         Draws(*(tensor.cpu() for tensor in trainer.drawn())),
@@ -201,12 +205,13 @@ def _clipping(gradients: Named, clip: float) -> float:
 
 
 def _gradients(trainer: Trainer) -> tuple[Named, bool]:
-    """The gradients as the step left them, and whether they are clipped by now."""
-    clipped = isinstance(trainer.optimizer, TorchOptimizer)
-    held: Iterable[tuple[str, Tensor]] = trainer.model.named_parameters()
-    if isinstance(trainer.optimizer, TorchOptimizer):
-        held = trainer.optimizer.masters.items()
-    return _on_host({name: tensor.grad for name, tensor in held if tensor.grad is not None}), clipped
+    """The gradients of the loss as the step left them, and whether they are clipped by now."""
+    optimizer = trainer.optimizer
+    if isinstance(optimizer, TorchOptimizer):  # which has divided them by the loss scale
+        return _on_host({name: p.grad for name, p in optimizer.masters.items() if p.grad is not None}), True
+    scale = float(optimizer.loss_scale)
+    found = _on_host({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    return {name: gradient / scale for name, gradient in found.items()}, False
 
 
 def _state(trainer: Trainer) -> State:

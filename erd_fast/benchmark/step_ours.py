@@ -11,6 +11,7 @@ from torch import Tensor
 
 from erd_fast.benchmark.step_baselines import TorchOptimizer, TorchProcess, average_at_once
 from erd_fast.benchmark.step_cases import Draws, Problem
+from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.ops import choices
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.build import make_optimizer, make_process, set_numerics
@@ -20,9 +21,10 @@ from erd_fast.training.graph import StepGraph
 from erd_fast.training.step import TrainStep
 
 OURS = "erd-fast"
-IN_BFLOAT16 = "erd-fast bf16"
+IN_BFLOAT16, IN_FLOAT16 = "erd-fast bf16", "erd-fast fp16"
 _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     IN_BFLOAT16: ("train", {"precision": "bf16"}),
+    IN_FLOAT16: ("train", {"precision": "fp16"}),
     "no-graph": ("train", {"cuda_graph": "off"}),
     "no-kernels": ("model", {"kernels": "off"}),
     "recompute-on": ("model", {"recompute": "on"}),
@@ -30,6 +32,7 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Variants that are fields of the configuration: section, and the fields' values."""
 _NO_OPTIMIZER, _NO_NOISE_LOSS = "no-fused-optimizer", "no-fused-noise-loss"
+_VARIANTS = (OURS, *_CHANGES, _NO_OPTIMIZER, _NO_NOISE_LOSS)
 
 
 def ablations(device: torch.device) -> tuple[str, ...]:
@@ -55,6 +58,8 @@ class Ours:
     :func:`erd_fast.training.build.build_step` does it, but for the numbers that the model begins with."""
 
     def __init__(self, problem: Problem, name: str):
+        if name not in _VARIANTS:
+            raise ConfigError(unknown_name("variant", name, _VARIANTS))
         self._problem = problem
         config = _changed(problem.config, name)
         set_numerics(config, problem.device)

@@ -247,10 +247,10 @@ class Refuse:
             raise ModuleNotFoundError("refused " + name, name=name)
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, "bench")
-import pytest, run
+import gpu, pytest, run
 from erd_fast.benchmark import ops, records
 how = ["--collect-only", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
-sys.exit(pytest.main([*how, *run.TESTED, "bench"]))
+sys.exit(pytest.main([*how, *gpu.TESTS, "bench"]))
 """
 
 

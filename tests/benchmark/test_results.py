@@ -1,13 +1,17 @@
-"""bench/tables.py and bench/run.py: tables of the documents, and counts of tests."""
+"""bench/tables.py and bench/gpu.py: tables of the documents, and the results of stages."""
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from erd_fast.benchmark.stages import Rows
+from erd_fast.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
@@ -24,7 +28,11 @@ MACHINE = {
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_tables", ROOT / "bench" / "tables.py")
+    return bench_module("tables")
+
+
+def bench_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -210,27 +218,106 @@ def test_results_are_written_as_they_come(tmp_path):
     assert [record["gb_per_s"] for record in content["records"]] == [5.0] and "torch" in content["machine"]
 
 
-COUNTED = """
-def test_right(): pass
-def test_wrong(): assert False
-def test_left_out(): import pytest; pytest.skip("not here")
-"""
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    return bench_module("gpu")
 
 
-def test_counts_of_a_test_run_go_to_a_file_and_a_table(tmp_path):
-    (tmp_path / "tests" / "a").mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (tmp_path / "tests" / "a" / "test_counted.py").write_text(COUNTED)
-    (tmp_path / "tests" / "a" / "test_broken.py").write_text("import nothing_of_this_name")
-    file = tmp_path / "tests.json"
-    code = f"import run, sys; from pathlib import Path; run.ROOT = Path({str(tmp_path)!r}); run.TESTED = ('tests/a',); "
-    code += f"sys.exit(run.tests(Path({str(file)!r})))"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); {code}"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1, run.stdout + run.stderr
-    content = json.loads(file.read_text())
-    (counts,) = content["tests"]
-    assert (counts["area"], counts["passed"], counts["failed"], counts["skipped"]) == ("tests/a", 1, 1, 1)
-    assert content["failed"] == ["tests/a/test_broken.py", "tests/a/test_counted.py::test_wrong"]
-    assert "torch" in content["machine"]
-    assert run.stdout.splitlines()[-1].split()[:4] == ["tests/a", "1", "1", "1"]
+def rows_of(folder: Path, *rows: dict[str, object]) -> Rows:
+    written = Rows(folder / "rows.jsonl")
+    for row in rows:
+        written.write(**row)
+    return written
+
+
+def test_a_step_whose_check_failed_or_never_ran_is_no_record(gpu, tables, tmp_path):
+    def step(variant: str, **more: object) -> dict[str, object]:
+        measured = {name: value for name, value in step_record("N=8", variant, 100.0).items() if "off" not in name}
+        return {"kind": "record", **measured, "checked": False, **more}
+
+    def checked(variant: str, **found: object) -> dict[str, object]:
+        return {"kind": "check", "group": "step/DiT-X/2", "case": "N=8", "variant": variant, **found}
+
+    rows = rows_of(
+        tmp_path,
+        {"kind": "machine", **MACHINE},
+        step("erd-fast"),
+        checked("erd-fast", loss_off=1e-6, gradient_off=2e-3),
+        step("compile"),
+        checked("compile", error="RunError: loss is 0.5 off"),
+        step("official"),
+        {"kind": "record", **RECORDS[0]},
+        {"kind": "variant", "group": "ops/draw", "case": "N=8", "variant": "triton", "error": "RuntimeError: bad"},
+        {"kind": "test", "test": "tests/a.py::b", "outcome": "failed", "why": "assert False"},
+        {"kind": "test", "test": "tests/a.py::c", "outcome": "passed"},
+        {"kind": "stage", "stage": "ops", "outcome": "killed at its limit of 2 s", "seconds": 2.0},
+    )
+    found = gpu.results(rows, "")
+    assert [(row["variant"], row.get("gradient_off")) for row in found["records"]] == [
+        ("erd-fast", 2e-3),
+        ("eager", None),
+    ]
+    assert {row["variant"]: row["error"] for row in found["unchecked"]} == {
+        "compile": "RunError: loss is 0.5 off",
+        "official": "was not checked",
+    }
+    assert found["machine"] == MACHINE and found["tests"] == {
+        "failed": 1,
+        "passed": 1,
+        "failed_tests": ["tests/a.py::b"],
+    }
+    text = gpu.summary(found)
+    for line in (
+        "UNCHECKED step/DiT-X/2 N=8 compile: RunError: loss is 0.5 off",
+        "FAILED variant ops/draw N=8 triton: RuntimeError: bad",
+        "tests: 1 failed, 1 passed",
+        "FAILED tests/a.py::b",
+    ):
+        assert line in text.splitlines()
+    assert re.search(r"^ops +2.0 s  killed at its limit of 2 s$", text, re.MULTILINE) and gpu.has_failed(found)
+    written = tables.render("<!-- table: step/DiT-X/2 -->\n<!-- end -->", {"x/gpu.json": found})
+    assert "| erd-fast |" in written and "compile" not in written
+    assert gpu.results(rows, "abc")["machine"] == {**MACHINE, "commit": "abc", "dirty": None}
+
+
+def test_a_run_without_failures_has_not_failed(gpu, tmp_path):
+    rows = rows_of(
+        tmp_path,
+        {"kind": "test", "test": "a", "outcome": "skipped"},
+        {"kind": "stage", "stage": "a", "outcome": "ok", "seconds": 1.0},
+        {"kind": "stage", "stage": "b", "outcome": "no time left", "seconds": 0.0},
+    )
+    assert not gpu.has_failed(gpu.results(rows, ""))
+
+
+def test_every_file_with_tests_for_a_gpu_is_among_those_that_run(gpu):
+    marked = {
+        str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text()
+    }
+    alone = {"tests/benchmark/test_timing.py", "tests/benchmark/test_results.py"}  # wants the GPU for itself; this file
+    assert marked - alone <= set(gpu.TESTS) and all((ROOT / name).is_file() for name in gpu.TESTS)
+
+
+def test_a_case_that_was_measured_or_failed_is_not_measured_again(gpu, tmp_path, monkeypatch):
+    rows = rows_of(
+        tmp_path,
+        {"kind": "record", **record("ops/draw", "N=8", "eager", "", 1e-3, 1.0)},
+        {"kind": "case", "group": "ops/draw", "case": "N=64", "error": "RuntimeError: CUDA error"},
+    )
+    gpu.measure_ops(("ops/draw N=8", "ops/draw N=64", "ops/diffusion_loss N=8"), rows, seconds=0.001)
+    assert {f"{row['group']} {row['case']}" for row in rows.read("record")} == {
+        "ops/draw N=8",
+        "ops/diffusion_loss N=8",
+    }
+
+
+def test_a_variant_that_is_wrong_is_noted_and_the_others_are_timed(gpu, tmp_path, monkeypatch):
+    body = OPS["diffusion_loss"].forward.body
+    monkeypatch.setattr(
+        OPS["diffusion_loss"].forward, "body", lambda *args: tuple(1.001 * value for value in body(*args))
+    )
+    rows = Rows(tmp_path / "rows.jsonl")
+    gpu.measure_ops(("ops/diffusion_loss N=8",), rows, seconds=0.001)
+    (wrong,) = rows.read("variant")
+    assert wrong["variant"] == "reference" and re.match(r"RunError: bench: .* is .* off, allowed", wrong["error"])
+    assert {"eager", "erd-fast"} <= {row["variant"] for row in rows.read("record")}
