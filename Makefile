@@ -48,7 +48,7 @@ soak: dev
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy erd_fast tests/fixtures.py
+	$(BIN)/mypy erd_fast tests/fixtures.py build_backend.py setup.py
 	$(BIN)/mypy kernels
 
 fixtures: dev
