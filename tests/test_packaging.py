@@ -113,6 +113,23 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(pure_wheel):
     assert not facts["cpu"] and not facts["cuda"] and facts["reason"]
 
 
+def test_a_run_without_the_extension_says_so_in_one_line(pure_wheel, tiny, tmp_path):
+    from erd_fast.training.config import config_text
+
+    pip("install", "--no-deps", "--no-compile", "--target", str(tmp_path / "packages"), str(pure_wheel))
+    (tmp_path / "tiny.yaml").write_text(config_text(tiny(train={"steps": 1})))
+    arguments = ["train", "digits", "--config", f"{tmp_path}/tiny.yaml", "--out", f"{tmp_path}/run"]
+    train = f"from erd_fast.cli import main; main({arguments})"
+    clean = {"PYTHONPATH": str(tmp_path / "packages"), "CUDA_VISIBLE_DEVICES": "", "ERD_FAST_BACKEND": ""}
+    lines = run_from_root(sys.executable, train, **clean).splitlines()
+    (line,) = [number for number, text in enumerate(lines) if "compiled kernels" in text]
+    assert lines[line] == (
+        "training without the compiled kernels for cpu: no C++ compiler (g++, c++ or CXX) was found; "
+        "run pip install . in erd-fast's source folder with a C++ compiler (for cuda also nvcc) on PATH"
+    )
+    assert line < next(number for number, text in enumerate(lines) if text.startswith("step 1/1"))
+
+
 def test_an_editable_installation_works_from_another_folder(checkout, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     python = str(tmp_path / "venv" / "bin" / "python")
