@@ -9,6 +9,7 @@
 #              out/gpu; PART=tests, ops, attention, step or data is one of its parts at length
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/digits
 
 .PHONY: setup dev train test soak lint fixtures bench gpu gpu-all gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
@@ -18,20 +19,21 @@ RUN ?= runs/digits
 setup: .venv/.core
 dev: .venv/.dev
 
-# A stamp is written last, so an interrupted installation is taken up again and a finished one costs nothing.
+# A stamp is written last, so an interrupted installation is taken up again and a finished one costs nothing. The extension
+# is built once, with the torch of .venv: torch comes first, and erd-fast[dev] adds to the package that is installed.
 .venv/.core: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "Installing into .venv: about 3 GB to download (PyTorch with CUDA), 6 GB on disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "erd-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . 'setuptools>=77'
-	@echo "Building the extension (erd-fast info says what it has)."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(PIP_INSTALL) --constraint constraints.txt torch setuptools
+	@echo "Building the extension (erd-fast info shows what was built)."
+	@$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable .
 	@touch $@
 
 .venv/.dev: .venv/.core
 	@echo "Installing the development tools."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+	@$(PIP_INSTALL) --constraint constraints.txt 'erd-fast[dev]'
 	@touch $@
 
 train: setup
@@ -48,7 +50,7 @@ soak: dev
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy erd_fast tests/fixtures.py
+	$(BIN)/mypy erd_fast tests/fixtures.py build_backend.py setup.py
 	$(BIN)/mypy kernels
 
 fixtures: dev

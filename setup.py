@@ -1,7 +1,8 @@
 """Builds csrc/ into erd_fast/_C.abi3.so; everything else about the package is in pyproject.toml.
 
-torch is never imported: its headers and libraries are found by path in the environment that installs, also under build
-isolation. One binary serves Python >= 3.11 (limited API) and torch >= 2.11 (stable ABI), with or without a GPU.
+torch is never imported: its headers and libraries are found by path, in the environment that installs (also under build
+isolation) or else in the isolated build environment, where build_backend.py had torch installed. One binary serves
+Python >= 3.11 (limited API) and torch >= 2.11 (stable ABI), with or without a GPU.
 
 What is there decides what is built: nvcc and a compiler, both parts; a compiler, the CPU part; otherwise none, and
 erd-fast runs in PyTorch. erd_fast/_build.json says which, and why not more; ``erd-fast info`` prints it.
@@ -60,17 +61,12 @@ class Plan:
 
 @cache
 def plan() -> Plan:
-    compiler = find_compiler()
-    if compiler is None:
-        return without_cuda(Plan(reason="no C++ compiler (g++, c++ or CXX) was found"))
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return without_cuda(Plan(reason="Python.h was not found: install Python's development package"))
+    if reason := missing_tool():
+        return without_cuda(Plan(reason=reason))
     torch = find_torch()
     if torch is None:
-        return without_cuda(
-            Plan(reason="torch was not there when erd-fast was built: install torch first, then erd-fast")
-        )
-    found = Plan(compiler, torch)
+        return without_cuda(Plan(reason="torch was not found when erd-fast was built, or only one that is too old"))
+    found = Plan(find_compiler(), torch)
     if wanted_cuda() == "0":
         found.reason = "ERD_FAST_CUDA=0 left the CUDA part out"
         return found
@@ -95,16 +91,27 @@ def without_cuda(found: Plan) -> Plan:
     return found
 
 
+def missing_tool() -> str:
+    """Why nothing can be compiled here, whether torch is found or not; empty if it can."""
+    if find_compiler() is None:
+        return "no C++ compiler (g++, c++ or CXX) was found"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python.h was not found: install Python's development package"
+    return ""
+
+
 def find_compiler() -> str | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def find_torch() -> Path | None:
-    """The torch of the environment that installs: sysconfig points there under build isolation too."""
+    """The torch of the environment that installs, to which sysconfig points under pip's build isolation too, or else
+    the one that was installed for the build."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
     for folder in dict.fromkeys(folders):
-        if (Path(folder) / "torch/include/torch/csrc/stable/library.h").is_file():
+        # A header of torch 2.10. csrc does not compile with older ones; where they are, pip is about to replace them.
+        if (Path(folder) / "torch/include/torch/csrc/stable/version.h").is_file():
             return Path(folder) / "torch"
     return None
 
@@ -208,7 +215,7 @@ def describe(found: Plan, *, cpu: bool) -> dict[str, object]:
 def version(toolkit: Path) -> int:
     """As CUDA counts: 13000 is 13.0."""
     header = (toolkit / "include/cuda_runtime_api.h").read_text(errors="replace")
-    return int(re.search(r"#define CUDART_VERSION\s+(\d+)", header)[1])
+    return int(re.findall(r"#define CUDART_VERSION\s+(\d+)", header)[0])
 
 
 class BuildExt(build_ext):
@@ -267,14 +274,16 @@ def extensions() -> list[Extension]:
     if "sdist" not in sys.argv and not plan().cpu:  # an sdist has the sources, whatever this machine can build
         return []
     sources = [f"csrc/{name}" for name in (*CPU_SOURCES, *CUDA_SOURCES)]
-    headers = [f"csrc/{name}" for name in HEADERS]  # `depends` takes them into the sdist
+    # `depends` takes files into the sdist.
+    depends = [*(f"csrc/{name}" for name in HEADERS), "build_backend.py"]
     # optional: BuildExt says itself what failed, and an installation goes on without.
-    return [Extension("erd_fast._C", sources=sources, depends=headers, py_limited_api=True, optional=True)]
+    return [Extension("erd_fast._C", sources=sources, depends=depends, py_limited_api=True, optional=True)]
 
 
 if __name__ == "__main__":
+    compiled = extensions()
     setup(
-        ext_modules=extensions(),
+        ext_modules=compiled,
         cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
-        options={"bdist_wheel": {"py_limited_api": "cp311"}} if plan().cpu else {},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if compiled else {},
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("erd_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("erd_fast", "kernels", "csrc", "build_backend.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What each installation must be able to do, from a folder that holds no sources.
 SMOKE = (
     "import erd_fast, erd_fast.kernels, erd_fast.kernels.philox, erd_fast.cli, erd_fast.training.loop; "
@@ -36,9 +36,32 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, tmp_path_factory) -> Path:
+def sdist(checkout, tmp_path_factory) -> Path:
+    """The sources as an archive, which takes neither a compiler nor torch, whatever is requested of a wheel."""
+    out = tmp_path_factory.mktemp("sdist")
+    clean = os.environ | {"PYTHONPATH": str(checkout), "PATH": "", "CXX": "", "ERD_FAST_CUDA": "1"}
+    code = f"import build_backend; print(build_backend.build_sdist({str(out)!r}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return out / run.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built from the sdist, which therefore holds all that it takes."""
     out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(checkout))
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sdist))
+    (file,) = out.glob("erd_fast-*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(checkout, tmp_path_factory) -> Path:
+    """Built where the whole tools of Python are, and neither g++ nor nvcc."""
+    out = tmp_path_factory.mktemp("pure-wheel")
+    (out / "bin").mkdir()
+    where = {"PATH": str(out / "bin"), "CUDA_HOME": "", "CUDA_PATH": "", "CXX": ""}
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(checkout), **where)
     (file,) = out.glob("erd_fast-*.whl")
     return file
 
@@ -84,16 +107,27 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     assert ("cpu: can run" in said) == (shutil.which("g++") is not None)
 
 
-def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout, tmp_path):
-    """The whole tools of Python are there, and neither g++ nor nvcc."""
-    empty = tmp_path / "bin"
-    empty.mkdir()
-    where = {"PATH": str(empty), "CUDA_HOME": "", "CUDA_PATH": "", "CXX": ""}
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(checkout), **where)
-    (file,) = tmp_path.glob("erd_fast-*.whl")
-    assert "erd_fast/_C.abi3.so" not in zipfile.ZipFile(file).namelist()
-    facts = json.loads(zipfile.ZipFile(file).read("erd_fast/_build.json"))
+def test_without_a_compiler_the_wheel_is_pure_and_says_why(pure_wheel):
+    assert "erd_fast/_C.abi3.so" not in zipfile.ZipFile(pure_wheel).namelist()
+    facts = json.loads(zipfile.ZipFile(pure_wheel).read("erd_fast/_build.json"))
     assert not facts["cpu"] and not facts["cuda"] and facts["reason"]
+
+
+def test_a_run_without_the_extension_says_so_in_one_line(pure_wheel, tiny, tmp_path):
+    from erd_fast.training.config import config_text
+
+    pip("install", "--no-deps", "--no-compile", "--target", str(tmp_path / "packages"), str(pure_wheel))
+    (tmp_path / "tiny.yaml").write_text(config_text(tiny(train={"steps": 1})))
+    arguments = ["train", "digits", "--config", f"{tmp_path}/tiny.yaml", "--out", f"{tmp_path}/run"]
+    train = f"from erd_fast.cli import main; main({arguments})"
+    clean = {"PYTHONPATH": str(tmp_path / "packages"), "CUDA_VISIBLE_DEVICES": "", "ERD_FAST_BACKEND": ""}
+    lines = run_from_root(sys.executable, train, **clean).splitlines()
+    (line,) = [number for number, text in enumerate(lines) if "compiled kernels" in text]
+    assert lines[line] == (
+        "training without the compiled kernels for cpu: no C++ compiler (g++, c++ or CXX) was found; "
+        "run pip install . in erd-fast's source folder with a C++ compiler (for cuda also nvcc) on PATH"
+    )
+    assert line < next(number for number, text in enumerate(lines) if text.startswith("step 1/1"))
 
 
 def test_an_editable_installation_works_from_another_folder(checkout, tmp_path):

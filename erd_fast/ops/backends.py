@@ -29,7 +29,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PACKAGE = Path(erd_fast.__file__).parent
 _VARIABLE = "ERD_FAST_BACKEND"
 _NO_GPU = "no CUDA device is visible to PyTorch"
-_BUILD = "reinstall with torch, a C++ compiler and (for cuda) nvcc there: pip install --no-build-isolation ."
+_BUILD = "run pip install . in erd-fast's source folder with a C++ compiler (for cuda also nvcc) on PATH"
 
 _chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("erd_fast_backend", default=None)
 

@@ -53,7 +53,7 @@ class TrainConfig:
     sample_every: int = 10_000
     """Steps between previews of 40 images."""
     track: Track = "none"
-    """Metrics go to tensorboard (the run's folder tensorboard) or wandb too; pip install erd-fast[track]."""
+    """Metrics go to tensorboard (the run's folder tensorboard) or wandb too; pip install 'erd-fast[track]'."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, batch_size=1, micro_batch=0, log_every=1)
@@ -79,7 +79,7 @@ class DataConfig:
     """Folder of a latent store or of IDX files, or the name of a bundled data set (digits)."""
     loader: Loader = "auto"
     """resident: a copy on the device; mmap: rows read ahead from the files; dali: the same by NVIDIA DALI
-    (pip install erd-fast[dali]); auto: resident if there is room, else mmap."""
+    (pip install 'erd-fast[dali]'); auto: resident if there is room, else mmap."""
 
     check: Switch = "on"
     """Look at some rows before training: numbers that are not finite, or whose std after scaling is far from 1, are

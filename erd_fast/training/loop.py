@@ -17,6 +17,7 @@ from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
+from erd_fast.ops.backends import absence
 from erd_fast.training.build import build_step, model_arguments, open_store
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
@@ -85,6 +86,8 @@ class _Run:
         needed = rehearse(self.step, kernels)
         reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device, needed))
         self._say(self._headline(reader.name))
+        if missing := absence(self.device.type):
+            self._say(f"training without the compiled kernels for {self.device.type}: {'; '.join(missing)}")
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
         bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
         begin = self.done

@@ -106,7 +106,7 @@ def test_without_a_compiler_the_package_is_python_alone(fresh, monkeypatch):
 def test_without_torch_the_package_is_python_alone(fresh, plan, monkeypatch):
     monkeypatch.setattr(fresh, "find_torch", lambda: None)
     assert fresh.extensions() == []
-    assert "torch was not there" in fresh.plan().reason
+    assert "torch was not found" in fresh.plan().reason
 
 
 def test_without_nvcc_the_cpu_part_is_built(fresh, plan, monkeypatch):
