@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import erd_fast
-from erd_fast.data.encode import EncodeOptions
 from erd_fast.data.formats.registry import describe_formats
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.errors import ConfigError, ErdFastError
+from erd_fast.prepare.encode import EncodeOptions
 from erd_fast.sampling import GuidanceInterval
 from erd_fast.sampling.guidance import GuidanceUnit
 from erd_fast.training.config import RunConfig, load_config
@@ -120,7 +120,7 @@ class Encode:
     options: Annotated[EncodeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EncodeOptions)
 
     def __call__(self) -> None:
-        from erd_fast.data.encode import encode
+        from erd_fast.prepare.encode import encode
 
         if (store := encode(self.src, self.dst, self.vae, self.options)) is not None:
             print(f"wrote {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}")

@@ -1,4 +1,5 @@
-"""What tests of several areas share: a cache folder of their own, and a run that trains in a fraction of a second.
+"""What tests of several areas share: a cache folder of their own, a run that trains in a fraction of a second, images
+with an autoencoder.
 
 The engine is imported where a fixture needs it: tests of ops and kernels run where its dependencies are not.
 """
@@ -109,3 +110,25 @@ def at_step(monkeypatch):
         monkeypatch.setattr(TrainStep, "compute", counted)
 
     return patch
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images`` and ``vae``; tests leave them as they are."""
+    from encoding import COUNT
+    from pictures import image_folder, tiny_vae
+
+    folder = tmp_path_factory.mktemp("given")
+    image_folder(folder / "images", count=COUNT, side=40)
+    tiny_vae(folder / "vae", size=32, count=COUNT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(given: Path) -> dict[str, bytes]:
+    """The store ``given/whole`` that an undisturbed encoding makes."""
+    from encoding import content, encode_given
+
+    encode_given(given, given / "whole")
+    assert not list(given.glob(".*"))
+    return content(given / "whole")

@@ -12,6 +12,7 @@ from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.errors import ConfigError
 from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.nn.precision import lower_precision
+from erd_fast.numerics import allow_tf32
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig, config_text
 from erd_fast.training.distributed import Ranks
@@ -118,6 +119,4 @@ def set_numerics(config: RunConfig, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
-        tf32 = config.train.precision != "fp32"
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
+        allow_tf32(config.train.precision != "fp32")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from erd_fast.data.formats.source import ImportOptions, Source
 from erd_fast.data.manifest import DTYPES
-from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import SHARD_SIZE, write_store
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.progress import Progress
 
 _SHARD_BYTES = 1 << 29  # a shard is held in memory
 

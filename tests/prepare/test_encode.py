@@ -13,11 +13,11 @@ from PIL import Image
 
 from encoding import COUNT, OPTIONS, content, encode_given
 from erd_fast import cli
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import LatentStore
-from erd_fast.data.autoencoder import Autoencoder
-from erd_fast.data.encode import encode
 from erd_fast.data.pictures import decode, open_pictures
 from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.prepare.encode import encode
 from erd_fast.random import Purpose, Stream, normals
 from fixtures import latent_store
 from pictures import COLLECTIONS

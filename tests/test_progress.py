@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from erd_fast.data import progress
-from erd_fast.data.progress import Progress
+from erd_fast import progress
+from erd_fast.progress import Progress
 
 
 def _work(monkeypatch, total: int | None = 100, **how) -> None:

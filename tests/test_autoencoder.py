@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoding import COUNT, OPTIONS, content, encode_given
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import LatentStore
-from erd_fast.data.encode import encode
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.prepare.encode import encode
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -84,7 +85,10 @@ def _without_weights(given: Path, folder: Path) -> str:
 
 
 VAES = {
-    "absent": (lambda given, folder: str(folder), "vae: .* is no folder"),
+    "absent": (
+        lambda given, folder: str(folder),
+        "vae must be a folder or an ID of the Hugging Face hub .*, got ",
+    ),
     "empty": (
         lambda given, folder: folder.mkdir() or str(folder),
         "vae has no config.json, allowed the folder of an AutoencoderKL or of a pipeline",
@@ -127,3 +131,41 @@ def test_without_diffusers_the_extra_is_named(given, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"diffusers is not installed: pip install 'erd-fast\[vae\]'"):
         encode_given(given, tmp_path / "store")
+
+
+def test_encoding_and_decoding_leave_process_wide_switches_as_they_were(given, monkeypatch):
+    cudnn = torch.backends.cudnn
+    torch.set_float32_matmul_precision("medium")
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    within: list[tuple[str, bool]] = []
+    try:
+        autoencoder = Autoencoder(str(given / "vae"), torch.device("cpu"))
+        for module in (autoencoder._vae.encoder, autoencoder._vae.decoder):
+            module.register_forward_hook(
+                lambda *_: within.append((torch.get_float32_matmul_precision(), cudnn.deterministic))
+            )
+        autoencoder.decode(autoencoder.encode(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).mean)
+        assert within == [("highest", True)] * 4  # two images, each way
+        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic) == ("medium", False, False)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_range_of_pixels_is_that_which_was_encoded(given):
+    """Latents of pixels from 0 to 1 decode to 0 to 1: half as bright as they would be from -1 to 1, and 127.5 more."""
+    autoencoder, latents = Autoencoder(str(given / "vae"), torch.device("cpu")), torch.randn(2, 4, 4, 4)
+    usual, half = autoencoder.decode(latents).int(), autoencoder.decode(latents, (0.0, 1.0)).int()
+    assert usual.shape == (2, 32, 32, 3) and len(usual.unique()) > 20
+    inside = half > 0
+    assert inside.any() and (usual[inside] - (half[inside] + 255) / 2).abs().max() <= 1
+    assert (usual[~inside] <= 128).all()
+
+
+def test_the_weights_return_from_another_device_also_after_an_error(given, monkeypatch):
+    autoencoder, moves = Autoencoder(str(given / "vae"), torch.device("cpu")), []
+    monkeypatch.setattr(autoencoder, "_move", moves.append)
+    with autoencoder.on(torch.device("meta")):
+        assert moves == [torch.device("meta")]
+    with pytest.raises(torch.OutOfMemoryError), autoencoder.on(torch.device("meta")):
+        raise torch.OutOfMemoryError
+    assert moves == [torch.device("meta"), torch.device("cpu")] * 2
