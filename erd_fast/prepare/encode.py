@@ -180,6 +180,7 @@ class _Job:
             scale=self._autoencoder.scale,
             shift=self._autoencoder.shift,
             vae=self._autoencoder.name,
+            vae_source=self._autoencoder.source,
             crop=ADM_CROP,
             flip=self.options.flip,
         )
