@@ -48,7 +48,7 @@ EDM2 = {
 }
 CASES = {
     "erd-hdf5": Case(foreign.erd_hdf5, src="erd.h5"),
-    "fast-dit": Case(foreign.fast_dit, kind="sample", scale=()),
+    "fast-dit": Case(foreign.fast_dit, kind="sample"),
     "uvit": Case(foreign.uvit, PICKLE, kind="mean_logvar", flip="stored"),
     "maskdit-lmdb": Case(foreign.maskdit_lmdb, kind="mean_logvar", flip="stored"),
     "maskdit-webdataset": Case(foreign.maskdit_webdataset, PICKLE, kind="mean_logvar"),
