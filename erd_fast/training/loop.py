@@ -17,6 +17,7 @@ from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
+from erd_fast.progress import duration, progress_bar
 from erd_fast.training.build import build_step, model_arguments, open_store
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
@@ -86,7 +87,7 @@ class _Run:
         reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device, needed))
         self._say(self._headline(reader.name))
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
-        bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
+        bar = progress_bar(config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
         begin = self.done
         with contextlib.closing(batches), bar:
             profiler = self._profiler() if profile and self.ranks.first else None
@@ -238,10 +239,9 @@ class _Run:
         rate = line["images_per_sec"]
         bar.set_postfix(loss=f"{loss:.4f}", images_per_sec=f"{rate:.0f}")
         if bar.disable:
-            left = (self.config.train.steps - self.done) * line["step_ms"] / 1e3
             total = self.config.train.steps
-            eta = f"{left // 60:.0f}:{left % 60:02.0f}"
-            self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left")
+            left = duration((total - self.done) * line["step_ms"] / 1e3)
+            self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {left} left")
 
     def _check_taken(self) -> None:
         """One batch may have gradients that are not finite, and is skipped; a run that goes on so is lost, unless
