@@ -27,7 +27,9 @@ def open_store(config: RunConfig) -> LatentStore:
             on.
     """
     if not config.data.path:
-        raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
+        raise ConfigError(
+            '--data.path must name a latent store; make one with "erd-fast data encode" or "erd-fast data import"'
+        )
     store = open_dataset(config.data.path)
     if not store.manifest.num_classes and config.eval.cfg_scale != 1:
         raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")

@@ -101,7 +101,7 @@ def test_one_process_trains_in_a_folder(tmp_path, tiny):
     [
         ({"model": {"hidden_size": 33}}, "hidden_size: given 33"),
         ({"model": {"patch_size": 3}}, "patch_size"),
-        ({"data": {"path": ""}}, "data.path: not given"),
+        ({"data": {"path": ""}}, "--data.path must name a latent store"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, tiny, sections, message):
