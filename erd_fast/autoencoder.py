@@ -21,7 +21,6 @@ from erd_fast.numerics import float32_products
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _Found = TypeVar("_Found")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_NOT_CACHED = "is not in the local Hugging Face cache"
 
 
 class Posterior(NamedTuple):
@@ -128,7 +127,7 @@ def open_autoencoder(given: str, *, vae: str, vae_source: str, channels: int) ->
         DataError: none is recorded, there is no autoencoder, or another one than recorded.
     """
     if not given and not vae_source:
-        raise DataError(f"no source of the autoencoder{f' {vae}' if vae else ''} is recorded")
+        raise DataError(f"the source of the autoencoder{f' {vae}' if vae else ''} is not recorded")
     autoencoder = Autoencoder(given or vae_source, torch.device("cpu"), download=bool(given))
     if autoencoder.channels != channels:
         raise ConfigError(f"vae must have {channels} latent channels, got {autoencoder.channels} ({autoencoder.name})")
@@ -159,15 +158,27 @@ def _load(source: str, download: bool) -> Any:
             raise DataError(
                 f"vae: {source} has no config.json, allowed the folder of an AutoencoderKL or of a pipeline"
             )
-        return _loaded(diffusers, source, str(folder), "cannot be loaded from safetensors", local_files_only=True)
+        return _loaded(diffusers, source, str(folder), local_files_only=True)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise DataError(f"vae must be a folder or an ID of the Hugging Face hub such as owner/name, got {source}")
-    if not download:
-        return _loaded(diffusers, source, source, _NOT_CACHED, local_files_only=True)
-    return _loaded(diffusers, source, source, "is no folder, and the Hugging Face hub does not give it")
+    if download:
+        return _loaded(diffusers, source, source)
+    return _loaded(diffusers, source, _cached(source), local_files_only=True)
 
 
-def _loaded(diffusers: Any, given: str, source: str, fault: str, **how: Any) -> Any:
+def _cached(source: str) -> str:
+    """The folder of ``source`` in the local cache. The hub's client would send a request even for local files only."""
+    hub = load("huggingface_hub", "vae", f"vae {source}")
+    try:
+        config = hub.try_to_load_from_cache(source, "config.json")
+    except ValueError:  # the hub has no such names
+        config = None
+    if not isinstance(config, str):
+        raise DataError(f"vae: {source} is not in the local Hugging Face cache")
+    return str(Path(config).parent)
+
+
+def _loaded(diffusers: Any, given: str, source: str, **how: Any) -> Any:
     said = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # we say what is wrong
     try:
@@ -179,8 +190,10 @@ def _loaded(diffusers: Any, given: str, source: str, fault: str, **how: Any) -> 
     except DataError:
         raise
     except Exception as error:  # of diffusers, the hub's client, safetensors: each has its own
-        cause = "" if fault == _NOT_CACHED else f": {_cause(error)}"  # which would be about a setting of the client
-        raise DataError(f"vae: {given} {fault}{cause}") from error
+        fault = (
+            "cannot be loaded from safetensors" if how else "is no folder, and the Hugging Face hub does not give it"
+        )
+        raise DataError(f"vae: {given} {fault}: {_cause(error)}") from error
     finally:
         diffusers.utils.logging.set_verbosity(said)
     if missing := sorted(about["missing_keys"]):

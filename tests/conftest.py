@@ -132,3 +132,16 @@ def whole(given: Path) -> dict[str, bytes]:
     encode_given(given, given / "whole")
     assert not list(given.glob(".*"))
     return content(given / "whole")
+
+
+@pytest.fixture(scope="session")
+def latent_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig], given: Path, whole: dict[str, bytes]
+) -> Path:
+    """Folder of a finished run of 3 steps on the latents of ``given/whole``; tests leave it as it is."""
+    from erd_fast.training.loop import train
+
+    folder = tmp_path_factory.mktemp("latent") / "run"
+    config = tiny(data={"path": str(given / "whole")}, train={"steps": 3, "sample_every": 2})
+    train(config, folder)
+    return folder

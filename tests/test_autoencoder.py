@@ -3,7 +3,10 @@
 import json
 import shutil
 import sys
+import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoding import COUNT, OPTIONS, content, encode_given
-from erd_fast.autoencoder import Autoencoder
+from erd_fast.autoencoder import Autoencoder, open_autoencoder
 from erd_fast.data import LatentStore
 from erd_fast.errors import ConfigError, DataError
 from erd_fast.prepare.encode import encode
@@ -169,3 +172,78 @@ def test_the_weights_return_from_another_device_also_after_an_error(given, monke
     with pytest.raises(torch.OutOfMemoryError), autoencoder.on(torch.device("meta")):
         raise torch.OutOfMemoryError
     assert moves == [torch.device("meta"), torch.device("cpu")] * 2
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(given, tmp_path, monkeypatch):
+    """A hub on this machine that has the autoencoder as tiny/vae, and an empty cache; gives the requests that come."""
+    requests: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            file = given / "vae" / self.path.rpartition("/")[2]
+            if self.path.startswith("/api/models/tiny/vae"):
+                self._send(200, json.dumps({"id": "tiny/vae", "sha": COMMIT}).encode())
+            elif self.path.startswith("/tiny/vae/") and file.is_file():
+                self._send(200, file.read_bytes())
+            else:
+                self._send(404, b"")
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def _send(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{zlib.crc32(content)}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        yield requests
+        server.shutdown()
+
+
+def _open(given: str, source: str = "", vae: str = "") -> Autoencoder:
+    return open_autoencoder(given, vae=vae, vae_source=source, channels=4)
+
+
+def test_the_hub_is_asked_on_request_alone(given, hub):
+    for name in ("tiny/vae", "tiny/v ae"):
+        with pytest.raises(DataError, match=f"^vae: {name} is not in the local Hugging Face cache$"):
+            _open("", source=name)
+    assert hub == []
+    downloaded = _open("tiny/vae")
+    assert downloaded.source == "tiny/vae" and downloaded.name.startswith("tiny/vae@")
+    assert any("diffusion_pytorch_model.safetensors" in path for path in hub)
+    hub.clear()
+    cached = _open("", source="tiny/vae", vae=downloaded.name)
+    assert cached.name == downloaded.name and cached.source == "tiny/vae" and hub == []
+    assert cached.name.endswith(_open(str(given / "vae")).name.partition("@")[2])
+
+
+def test_a_part_of_an_autoencoder_in_the_cache_is_none(hub, tmp_path):
+    _open("tiny/vae")
+    for file in (tmp_path / "hub").rglob("*.safetensors"):
+        file.unlink()
+    hub.clear()
+    with pytest.raises(DataError, match=r"^vae: tiny/vae cannot be loaded from safetensors: Error no file named"):
+        _open("", source="tiny/vae")
+    assert hub == []
