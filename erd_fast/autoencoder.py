@@ -37,7 +37,7 @@ class Autoencoder:
     Args:
         source: a folder of an AutoencoderKL, or of a pipeline that has one as ``vae``; or an ID of the hub.
         device, precision: of what it computes.
-        download: whether the hub may be asked for an ID; without it only the local cache is read.
+        download: whether an ID may be downloaded; otherwise it must be in the local cache, and no request is sent.
 
     Attributes:
         name: ``vae`` of the manifest: the folder's name or the ID, and the beginning of a hash of the weights.
@@ -174,7 +174,7 @@ def _cached(source: str) -> str:
     except ValueError:  # the hub has no such names
         config = None
     if not isinstance(config, str):
-        raise DataError(f"vae: {source} is not in the local Hugging Face cache")
+        raise DataError(f"vae: {source} is not in the local Hugging Face cache; fetch it with: hf download {source}")
     return str(Path(config).parent)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erd_fast.autoencoder import Autoencoder
 from erd_fast.diffusion.schedule import Schedule
-from erd_fast.errors import ConfigError
+from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, write_bytes
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.sampling.heun import heun
@@ -102,7 +102,10 @@ def check_output(out: Path) -> None:
 
 
 def prepare_output(out: Path) -> None:
-    """Make the folder that ``out`` needs, so that samples are not drawn in vain. Raises RunError without permission."""
+    """Make the folder that ``out`` needs, so that samples are not drawn in vain. Raises RunError without permission, or
+    where a folder has the name of the file."""
+    if out.suffix in SUFFIXES and out.is_dir():
+        raise RunError(f"out must be a file, got the folder {out}")
     make_folder(out.parent if out.suffix in SUFFIXES else out)
 
 

@@ -10,7 +10,7 @@ from erd_fast.diffusion import get_schedule
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.sampling import heun
-from erd_fast.sampling.images import check_output, generate, grid, save, to_latents, to_pixels
+from erd_fast.sampling.images import check_output, generate, grid, prepare_output, save, to_latents, to_pixels
 
 
 class _PerImage(nn.Module):
@@ -152,3 +152,6 @@ def test_what_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         save(_pixels(), None, tmp_path / "file" / "x.png")
+    (tmp_path / "y.png").mkdir()
+    with pytest.raises(RunError, match=r"^out must be a file, got the folder .*y\.png$"):
+        prepare_output(tmp_path / "y.png")
