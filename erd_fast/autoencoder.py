@@ -174,7 +174,7 @@ def _cached(source: str) -> str:
     except ValueError:  # the hub has no such names
         config = None
     if not isinstance(config, str):
-        raise DataError(f"vae: {source} is not in the local Hugging Face cache; fetch it with: hf download {source}")
+        raise DataError(f'vae: {source} is not in the local Hugging Face cache ("hf download {source}" fetches it)')
     return str(Path(config).parent)
 
 
