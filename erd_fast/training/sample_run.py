@@ -20,7 +20,7 @@ from erd_fast.training.preview import spread_labels
 
 
 def open_decoder(path: Path, vae: str = "", *, pictures: bool = False) -> Callable[[Tensor], Pixels | Latents]:
-    """Open the decoder of a run's samples, before they are drawn: without an autoencoder none need be.
+    """Open the decoder of a run's samples; before sampling, so that a missing autoencoder is found first.
 
     Args:
         path: a run or a checkpoint.
