@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import erd_fast
-from erd_fast.data.encode import EncodeOptions
 from erd_fast.data.formats.registry import describe_formats
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.errors import ConfigError, ErdFastError
+from erd_fast.prepare.encode import EncodeOptions
 from erd_fast.sampling import GuidanceInterval
 from erd_fast.sampling.guidance import GuidanceUnit
 from erd_fast.training.config import RunConfig, load_config
@@ -62,7 +62,14 @@ class Sample:
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
     """Run folder, or a folder checkpoints/step-XXXXXXXX."""
     out: Path
-    """x.png: a grid; x.npz: arr_0 images (N, H, W, C) uint8 and arr_1 labels; anything else: a folder of PNGs."""
+    """x.png: a grid; x.npz: arr_0 images (N, H, W, C) uint8 and arr_1 labels; anything else: a folder of PNGs. With
+    --vae none a run on latents takes x.npz only: arr_0 latents (N, C, H, W) float32, scale and shift undone."""
+    vae: Annotated[
+        str,
+        tyro.conf.arg(metavar="PATH|ID|none", help_behavior_hint="(default: the recorded one, from local files only)"),
+    ] = ""
+    """Autoencoder to decode a run on latents with: a folder, or a Hugging Face hub ID, which may be downloaded; none
+    writes latents."""
     n: int = 100
     """Number of images."""
     classes: tuple[int, ...] = ()
@@ -82,15 +89,17 @@ class Sample:
 
     def __call__(self) -> None:
         from erd_fast.sampling.images import check_output, prepare_output, save
-        from erd_fast.training.sample_run import find_checkpoint, sample_run
+        from erd_fast.training.sample_run import find_checkpoint, open_decoder, sample_run
 
         check_output(self.out)
         interval = GuidanceInterval(*self.guidance_interval, self.guidance_unit) if self.guidance_interval else None
         checkpoint = find_checkpoint(self.source)
+        decode = open_decoder(checkpoint, self.vae, pictures=self.out.suffix != ".npz")
         prepare_output(self.out)
         samples, labels = sample_run(
             checkpoint,
             self.n,
+            decode=decode,
             classes=self.classes,
             steps=self.steps,
             cfg_scale=self.cfg_scale,
@@ -120,7 +129,7 @@ class Encode:
     options: Annotated[EncodeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EncodeOptions)
 
     def __call__(self) -> None:
-        from erd_fast.data.encode import encode
+        from erd_fast.prepare.encode import encode
 
         if (store := encode(self.src, self.dst, self.vae, self.options)) is not None:
             print(f"wrote {store.path}: {len(store):,} samples, {store.manifest.kind} {store.manifest.shape}")

@@ -154,10 +154,11 @@ def picture(png: bytes, alt: str, caption: str = "", *, magnify: bool = False) -
     """A whole PNG file, at most as large as it is, and smooth where it must be made smaller.
 
     ``magnify`` is for small pictures whose pixels are to be seen: sharp, and as large as a whole multiple lets the
-    picture fit the page, so that all pixels are equally large.
+    picture fit the page, so that all pixels are equally large. It does nothing to pictures wider than the page.
     """
     width, height = struct.unpack(">II", png[16:24])
-    most, scaling = (width * max(1, _WIDTH // width), "") if magnify else (width, "; image-rendering: auto")
+    factor = _WIDTH // width if magnify else 0
+    most, scaling = (width * factor, "") if factor else (width, "; image-rendering: auto")
     size = f'width="{width}" height="{height}" style="max-width: {most}px{scaling}"'
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     image = f'<img src="{source}" {size} alt="{html.escape(alt)}">'

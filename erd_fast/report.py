@@ -1,6 +1,7 @@
 """Run folder -> ``report.html``: one page with its charts, tables and samples. What a run lacks is left out."""
 
 import dataclasses
+import io
 import re
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from erd_fast import page
 from erd_fast.errors import RunError
@@ -19,6 +21,7 @@ from erd_fast.training.metrics import read_log
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_STRIP_WIDTH = 662  # pixels: ten tiles of 64 and their gaps
 _MOST_POINTS = 400  # of a curve; longer ones show means of neighbouring log lines
 _MEANINGS = {
     "step": "optimizer steps taken",
@@ -155,8 +158,21 @@ def _final_samples(run: _Run) -> str:
 
 
 def _sample_strip(run: _Run) -> str:
-    pictures = page.lines(_picture(step, png) for step, png in run.samples)
-    return f'<div class="strip">\n{pictures}\n</div>' if len(run.samples) > 1 else ""
+    if len(run.samples) < 2:
+        return ""
+    pictures = page.lines(_picture(step, _narrow(png)) for step, png in run.samples)
+    return f'<div class="strip">\n{pictures}\n</div>'
+
+
+def _narrow(png: bytes) -> bytes:
+    """A picture of the strip. Grids of 256 x 256 images have megabytes each; those of small images stay as they are."""
+    with Image.open(io.BytesIO(png)) as image:
+        if image.width <= _STRIP_WIDTH:
+            return png
+        file = io.BytesIO()
+        height = image.height * _STRIP_WIDTH // image.width
+        image.resize((_STRIP_WIDTH, height), Image.Resampling.BOX).save(file, "png")
+        return file.getvalue()
 
 
 def _picture(step: int, png: bytes, more: str = "") -> str:

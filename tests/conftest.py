@@ -1,4 +1,5 @@
-"""What tests of several areas share: a cache folder of their own, and a run that trains in a fraction of a second.
+"""What tests of several areas share: a cache folder of their own, a run that trains in a fraction of a second, images
+with an autoencoder.
 
 The engine is imported where a fixture needs it: tests of ops and kernels run where its dependencies are not.
 """
@@ -115,3 +116,38 @@ def at_step(monkeypatch):
         monkeypatch.setattr(TrainStep, "compute", counted)
 
     return patch
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images`` and ``vae``; tests leave them as they are."""
+    from encoding import COUNT
+    from pictures import image_folder, tiny_vae
+
+    folder = tmp_path_factory.mktemp("given")
+    image_folder(folder / "images", count=COUNT, side=40)
+    tiny_vae(folder / "vae", size=32, count=COUNT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(given: Path) -> dict[str, bytes]:
+    """The store ``given/whole`` that an undisturbed encoding makes."""
+    from encoding import content, encode_given
+
+    encode_given(given, given / "whole")
+    assert not list(given.glob(".*"))
+    return content(given / "whole")
+
+
+@pytest.fixture(scope="session")
+def latent_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig], given: Path, whole: dict[str, bytes]
+) -> Path:
+    """Folder of a finished run of 3 steps on the latents of ``given/whole``; tests leave it as it is."""
+    from erd_fast.training.loop import train
+
+    folder = tmp_path_factory.mktemp("latent") / "run"
+    config = tiny(data={"path": str(given / "whole")}, train={"steps": 3, "sample_every": 2})
+    train(config, folder)
+    return folder

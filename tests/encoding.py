@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from erd_fast.data import LatentStore
-from erd_fast.data.encode import EncodeOptions, encode
+from erd_fast.prepare.encode import EncodeOptions, encode
 
 COUNT = 11
 OPTIONS = EncodeOptions(size=32, batch_size=3, shard_size=4, workers=2)

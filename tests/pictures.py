@@ -127,7 +127,7 @@ COLLECTIONS: dict[str, Callable[..., None]] = {
 }
 
 
-def tiny_vae(path: Path, size: int = 256, count: int = COUNT) -> None:
+def tiny_vae(path: Path, size: int = 256, count: int = COUNT, channels: int = 4) -> None:
     """An AutoencoderKL with Stable Diffusion's form and a few random parameters, whose scaling factor gives the latents
     of :func:`pictures` a std of 1."""
     from erd_fast.data.pictures import decode
@@ -145,12 +145,12 @@ def tiny_vae(path: Path, size: int = 256, count: int = COUNT) -> None:
             up_block_types=["UpDecoderBlock2D"] * blocks,
             block_out_channels=[8] * blocks,
             layers_per_block=1,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=4,
             sample_size=size,
         ).eval()
     with torch.no_grad():
-        model.quant_conv.bias[4:] -= 6  # log-variance: that of a trained one is small
+        model.quant_conv.bias[channels:] -= 6  # log-variance: that of a trained one is small
     pixels = np.stack([decode(content, size) for _, _, content in pictures(count)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import erd_fast
 from erd_fast import info
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.cli import main
+from erd_fast.sampling.images import grid
 from erd_fast.training.config import RunConfig, config_text, load_config
 from erd_fast.training.presets import PRESETS, get_preset
 
@@ -214,6 +217,47 @@ def test_samples_as_arrays_and_as_a_folder_are_the_same_images(empty, trained):
     for number, pixels in enumerate(stored["arr_0"]):
         with Image.open(empty / "folder" / f"{number:06d}.png") as picture:
             assert np.array_equal(np.asarray(picture), pixels[:, :, 0])
+
+
+def test_samples_of_latents_are_pictures_and_latents_on_request(capsys, empty, latent_run, given):
+    command = ["sample", str(latent_run), "--n", "5", "--steps", "2", "--out"]
+    for out in (["x.png"], ["x.npz"], ["folder"], ["z.npz", "--vae", "none"]):
+        main([*command, *out])
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"wrote {out}: 5 samples, uint8 (32, 32, 3)" for out in ("x.png", "x.npz", "folder")),
+        "wrote z.npz: 5 samples, float32 (4, 4, 4)",
+    ]
+    latents = torch.from_numpy(np.load("z.npz")["arr_0"])
+    decoded = Autoencoder(str(given / "vae"), torch.device("cpu")).decode(latents).numpy()
+    assert np.array_equal(np.load("x.npz")["arr_0"], decoded) and len(np.unique(decoded)) > 50
+    with Image.open("x.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(grid(decoded)))
+    for number, image in enumerate(decoded):
+        with Image.open(f"folder/{number:06d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), image)
+
+
+@pytest.mark.parametrize("out", ["x.png", "x.npz", "folder"])
+def test_without_an_autoencoder_nothing_is_sampled(fails, latent_run, monkeypatch, out):
+    """Nor are latents written that were not asked for."""
+    monkeypatch.setattr("erd_fast.training.sample_run.generate", lambda *_, **__: pytest.fail("sampled"))
+    remedy = "name an autoencoder with --vae PATH|ID, or write latents with --vae none --out x.npz"
+    code, error = fails("sample", str(latent_run), "--vae", "absent", "--out", out)
+    assert code == 1 and error.endswith(f"got absent; {remedy}")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    code, error = fails("sample", str(latent_run), "--out", out)
+    assert code == 2 and error.endswith(f"diffusers is not installed: pip install 'erd-fast[vae]'; {remedy}")
+
+
+def test_latents_are_no_picture_files(fails, latent_run):
+    for out in ("x.png", "folder"):
+        code, error = fails("sample", str(latent_run), "--vae", "none", "--out", out)
+        assert code == 2 and "vae must be a PATH or an ID for pictures, got none" in error
+
+
+def test_pixels_take_no_autoencoder(fails, trained):
+    code, error = fails("sample", str(trained), "--vae", "owner/name", "--out", "x.png")
+    assert code == 2 and "vae must be none for a run on pixels, got owner/name" in error
 
 
 def test_guidance_options_reach_the_sampler(empty, trained):

@@ -176,7 +176,7 @@ def test_what_is_empty_shows_nothing() -> None:
     ("magnify", "width", "style"),
     [
         (True, 40, "max-width: 1040px"),
-        (True, 1100, "max-width: 1100px"),
+        (True, 1100, "max-width: 1100px; image-rendering: auto"),
         (False, 40, "max-width: 40px; image-rendering: auto"),
     ],
 )

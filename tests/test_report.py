@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import io
 import json
 import re
 import struct
@@ -11,7 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from erd_fast.diffusion import get_schedule
 from erd_fast.errors import DataError, RunError
@@ -192,6 +195,21 @@ def test_long_logs_make_a_small_page_and_damaged_samples_are_left_out(tmp_path: 
     assert len(page) < 300_000
     assert "Each point is the mean of several log lines." in page
     assert [picture["alt"] for picture in _Page(page).named("img")] == ["Grid of samples at step 5"]
+
+
+def test_wide_previews_are_narrowed_in_the_strip_alone(tmp_path: Path) -> None:
+    """Those of 256 x 256 images have megabytes each."""
+    folder = _make_run(tmp_path / "run", get_preset("digits"), [_log_line(1)], samples=(1,))
+    wide = folder / "samples" / "step-00000002.png"
+    pixels = np.full((1034, 2582, 3), (20, 120, 220), np.uint8)
+    Image.fromarray(pixels).save(wide)
+    final, small, narrow = (
+        base64.b64decode((picture["src"] or "").partition(",")[2])
+        for picture in _Page(write_report(folder).read_text(encoding="utf-8")).named("img")
+    )
+    assert final == wide.read_bytes() and small == (folder / "samples" / "step-00000001.png").read_bytes()
+    with Image.open(io.BytesIO(narrow)) as picture:
+        assert picture.size == (662, 265) and picture.getpixel((330, 130)) == (20, 120, 220)
 
 
 def test_a_speed_of_zero_has_an_axis(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ numbers, and keep them for the check.
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from erd_fast.benchmark.op_cases import noised, weighted_mse
 from erd_fast.benchmark.step_cases import Draws, Problem
 from erd_fast.diffusion import DiffusionProcess
+from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import DiffusionLoss, Draw, QSample
 from erd_fast.ops.layout import to_images, to_patches
 from erd_fast.training.build import set_numerics
@@ -159,23 +160,6 @@ def baselines(device: torch.device) -> dict[str, Recipe]:
     return {**RECIPES, "apex": Recipe(fused_adam)}
 
 
-@contextlib.contextmanager
-def _default_reductions() -> Iterator[None]:
-    """Products reduced as PyTorch does by default, which :func:`set_numerics` turns off."""
-    matmul, names = (
-        torch.backends.cuda.matmul,
-        [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")],
-    )
-    before = [getattr(matmul, name) for name in names]
-    try:
-        for name in names:
-            setattr(matmul, name, True)
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
-
-
 class Baseline:
     """A model in training by a recipe."""
 
@@ -196,10 +180,7 @@ class Baseline:
 
     def step(self) -> Tensor:
         """Draw, gather, noise, model, loss, backward, clip, AdamW, average."""
-        with _default_reductions():
-            return self._step()
-
-    def _step(self) -> Tensor:
+        allow_reduced_precision_reductions(True)  # PyTorch's default; variants of ours step between, and forbid it
         problem, process = self._problem, self._process
         train = problem.config.train
         self.optimizer.zero_grad()

@@ -4,7 +4,6 @@ formula in float64.
 Any step can be checked, also the replay of a CUDA graph: what it began with and what it left are copied to the host.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from erd_fast.benchmark.step_baselines import TorchOptimizer
 from erd_fast.benchmark.step_cases import Draws, Problem
 from erd_fast.benchmark.workload import EPS, Deviation
 from erd_fast.models import DiffusionModel
+from erd_fast.numerics import float32_products
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import OptimConfig, RunConfig
 
@@ -142,7 +142,7 @@ def _truth(problem: Problem, model: DiffusionModel, evidence: Evidence) -> tuple
             parameter.copy_(evidence.before.values[name])
     size = len(evidence.drawn.t_index)
     total = torch.zeros((), device=device)
-    with _exact():
+    with float32_products(tf32=False):
         for begin in range(0, size, CHUNK):
             part = Draws(*(tensor[begin : begin + CHUNK].to(device) for tensor in evidence.drawn))
             alpha, sigma = process.coefficients[part.t_index, :2].unbind(1)
@@ -153,19 +153,6 @@ def _truth(problem: Problem, model: DiffusionModel, evidence: Evidence) -> tuple
             loss.backward()
             total += loss.detach()
     return total.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """Products in float32, and not in TensorFloat-32."""
-    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _of_update(optim: OptimConfig, evidence: Evidence, device: torch.device) -> Iterator[Deviation]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from erd_fast.benchmark.step_baselines import TorchOptimizer, TorchProcess, average_at_once
 from erd_fast.benchmark.step_cases import Draws, Problem
 from erd_fast.errors import ConfigError, unknown_name
+from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import choices
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.build import make_optimizer, make_process, set_numerics
@@ -79,6 +80,7 @@ class Ours:
         self._batches = itertools.repeat(problem.batch)
 
     def step(self) -> Tensor:
+        allow_reduced_precision_reductions(False)
         return self._graph(self._batches)
 
     @property

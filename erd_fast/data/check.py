@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from erd_fast.data.check_picture import draw_statistics
-from erd_fast.data.progress import Progress
 from erd_fast.data.statistics import Statistics, digests, measure, measure_some, total
 from erd_fast.data.store import LatentStore
 from erd_fast.errors import DataError
 from erd_fast.files import read_json, write_bytes
+from erd_fast.progress import Progress
 
 SCALED_STD = (0.5, 2.0)
 """Overall std of what a model is trained on that is taken for right. Schedules and weights are made for 1. Stable

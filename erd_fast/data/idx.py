@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import write_store
 from erd_fast.errors import DataError
+from erd_fast.progress import Progress
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _PIECE = 1 << 24  # bytes read, and about as many imported, at a time

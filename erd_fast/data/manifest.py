@@ -50,7 +50,10 @@ class Manifest:
     shift: tuple[float, ...] = ()
     """Empty is 0."""
     vae: str = ""
-    """Which autoencoder made the latents; empty for pixels."""
+    """Which autoencoder made the latents; empty for pixels. NAME@HASH names its weights."""
+    vae_source: str = ""
+    """Where that autoencoder is, to decode what a model draws: a folder's absolute path as it was when the store was
+    made, or an ID of the Hugging Face hub; empty when unknown."""
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     """Range of the pixels that the autoencoder was fed. Stored ``pixels`` become -1 to 1."""
     crop: str = "none"
@@ -117,6 +120,11 @@ def _check_manifest(manifest: Manifest, file: Path) -> None:
         check(field, isinstance(given, tuple) and all(map(_is_finite, given)), "a list of numbers")
         check(field, len(given) in (0, shape[0]), f"one number for each of {shape[0]} channels, or none")
         check(field, not (given and manifest.kind == "pixels"), "none for pixels, which become -1 to 1")
+    for field in ("vae", "vae_source"):
+        check(field, isinstance(getattr(manifest, field), str), "text")
+    limits = manifest.pixel_range
+    is_range = isinstance(limits, tuple) and len(limits) == 2 and all(map(_is_finite, limits)) and limits[0] < limits[1]
+    check("pixel_range", is_range, "two numbers, the smaller one first")
     check("class_names", isinstance(manifest.class_names, tuple), "a list of names")
     names = len(manifest.class_names)
     check("class_names", names in (0, manifest.num_classes), f"{manifest.num_classes} names or none")

@@ -82,6 +82,7 @@ class LatentStore:
             "scale": ", ".join(map(str, manifest.scale)),
             "shift": ", ".join(map(str, manifest.shift)),
             "vae": manifest.vae,
+            "vae source": manifest.vae_source,
             "shards": f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards):,} bytes",
             "fingerprint": self.fingerprint,
         }

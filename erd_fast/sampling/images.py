@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.diffusion.schedule import Schedule
-from erd_fast.errors import ConfigError
+from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import make_folder, write_bytes
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.sampling.heun import heun
 
 Pixels = NDArray[np.uint8]
 Latents = NDArray[np.float32]
+Decode = Callable[[Tensor], Pixels]
+"""From samples x0 (N, C, H, W) to images (N, H, W, channels)."""
 SUFFIXES = (".png", ".npz")
 _SMALLEST_TILE = 64  # pixels; smaller images are enlarged, so that a grid of 8 x 8 digits can be seen
 
@@ -54,6 +58,28 @@ def to_pixels(x: Tensor) -> Pixels:
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_latents(x: Tensor, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
+    """x0 (N, C, H, W) to what an autoencoder decodes: z = x0 / scale + shift per channel, float32 on the CPU. An empty
+    scale is 1, an empty shift 0."""
+    latents = x.float().cpu()
+    if scale:
+        latents = latents / torch.tensor(scale)[:, None, None]
+    return latents + torch.tensor(shift)[:, None, None] if shift else latents
+
+
+def latent_decoder(
+    autoencoder: Autoencoder, scale: Sequence[float], shift: Sequence[float], pixel_range: tuple[float, float]
+) -> Decode:
+    """Decode samples by ``autoencoder`` on their device, where it takes no memory before and after; scale, shift and
+    pixel range are those of the store."""
+
+    def decode(x: Tensor) -> Pixels:
+        with autoencoder.on(x.device):
+            return autoencoder.decode(to_latents(x, scale, shift), pixel_range).numpy()
+
+    return decode
+
+
 def grid(pixels: Pixels, columns: int = 10) -> Image.Image:
     """One picture of uint8 NHWC images in rows, enlarged (nearest neighbour, whole factor) to 64 pixels or more."""
     count, height, width, channels = pixels.shape
@@ -76,7 +102,10 @@ def check_output(out: Path) -> None:
 
 
 def prepare_output(out: Path) -> None:
-    """Make the folder that ``out`` needs, so that samples are not drawn in vain. Raises RunError without permission."""
+    """Make the folder that ``out`` needs, so that samples are not drawn in vain. Raises RunError without permission, or
+    where a folder has the name of the file."""
+    if out.suffix in SUFFIXES and out.is_dir():
+        raise RunError(f"out must be a file, got the folder {out}")
     make_folder(out.parent if out.suffix in SUFFIXES else out)
 
 
@@ -91,7 +120,7 @@ def save(samples: Pixels | Latents, labels: NDArray[np.int64] | None, out: Path,
     prepare_output(out)
     pictures = cast(Pixels, samples)
     if samples.dtype != np.uint8 and out.suffix != ".npz":
-        raise ConfigError(f"out: given {out}; the run is on latents, which are no pictures yet; allowed a name in .npz")
+        raise ConfigError(f"out must end in .npz for latents, got {out}")
     content = io.BytesIO()
     if out.suffix == ".npz":
         np.savez(content, samples) if labels is None else np.savez(content, samples, labels)

@@ -12,6 +12,7 @@ from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.errors import ConfigError
 from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.nn.precision import lower_precision
+from erd_fast.numerics import allow_reduced_precision_reductions, allow_tf32
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig, config_text
 from erd_fast.training.distributed import Ranks
@@ -26,7 +27,9 @@ def open_store(config: RunConfig) -> LatentStore:
             on.
     """
     if not config.data.path:
-        raise ConfigError("data.path: not given, allowed a folder of a latent store or of IDX files, or digits")
+        raise ConfigError(
+            '--data.path must name a latent store; make one with "erd-fast data encode" or "erd-fast data import"'
+        )
     store = open_dataset(config.data.path)
     if not store.manifest.num_classes and config.eval.cfg_scale != 1:
         raise ConfigError(f"eval.cfg_scale: given {config.eval.cfg_scale}, allowed 1: {store.path} has no classes")
@@ -118,9 +121,6 @@ def set_numerics(config: RunConfig, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
-        tf32 = config.train.precision != "fp32"
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
+        allow_tf32(config.train.precision != "fp32")
         # A weight's gradient is a sum over all tokens of a batch; cuBLAS may split it, and round the parts to bfloat16.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        allow_reduced_precision_reductions(False)

@@ -12,6 +12,7 @@
 import dataclasses
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,12 @@ class CheckpointState:
     schedule: str
     target: str
     kind: str
-    """What the store holds; so are the next two."""
+    """What the store holds; so are the next five, as in its manifest."""
     scale: list[float]
     shift: list[float]
+    vae: str = ""
+    vae_source: str = ""
+    pixel_range: Sequence[float] = (-1.0, 1.0)
     format_version: int = FORMAT_VERSION
 
 

@@ -13,18 +13,20 @@ import torch
 from tqdm import tqdm
 
 from erd_fast.data import Batch, LatentStore, open_reader
-from erd_fast.errors import ConfigError, RunError
+from erd_fast.errors import ConfigError, ErdFastError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
 from erd_fast.ops.backends import absence
+from erd_fast.progress import duration, progress_bar
+from erd_fast.sampling.images import Decode
 from erd_fast.training.build import build_step, model_arguments, open_store
 from erd_fast.training.checkpoint import CheckpointState, latest_checkpoint, load_state, restore, save_checkpoint
 from erd_fast.training.config import RunConfig, config_text, load_config, refuse_changes
 from erd_fast.training.distributed import Ranks, check_equal, check_shares, process_group
 from erd_fast.training.graph import StepGraph
 from erd_fast.training.metrics import RunLog, Speed, read_log
-from erd_fast.training.preview import can_preview, judge_samples, why_not_judged, write_preview
+from erd_fast.training.preview import judge_samples, preview_decoder, why_not_judged, write_preview
 from erd_fast.training.profiling import StepProfiler
 from erd_fast.training.rehearsal import rehearse, write_choices
 from erd_fast.training.stopping import StopRequest, stop_requests
@@ -76,12 +78,14 @@ class _Run:
         flops = model_flops(self.step.model)
         self.speed = Speed(flops, device, config.train.precision, ranks.size)
         self.done = 0  # steps taken
+        self.decode: Decode | None = None
         self._watched = 0, 0  # steps, and those that were not skipped, when that was last judged
 
     def go(self, stop: StopRequest, profile: bool) -> dict[str, Any]:
         config, folder = self.config, self.folder
         if not self._start_or_resume():
             return self.log.last
+        self.decode = self._open_decoder()
         kernels = folder / "kernels.json"
         needed = rehearse(self.step, kernels)
         reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device, needed))
@@ -89,7 +93,7 @@ class _Run:
         if missing := absence(self.device.type):
             self._say(f"training without the compiled kernels for {self.device.type}: {'; '.join(missing)}")
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
-        bar = tqdm(total=config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
+        bar = progress_bar(config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
         begin = self.done
         with contextlib.closing(batches), bar:
             profiler = self._profiler() if profile and self.ranks.first else None
@@ -125,6 +129,17 @@ class _Run:
         self.log.write({"event": "end", "step": self.done})
         self._say(f"finished {folder} at step {self.done}")
         return self.log.last
+
+    def _open_decoder(self) -> Decode | None:
+        """The decoder of previews, on the first rank; None without previews, or with a message if it is unavailable."""
+        if not self.ranks.first or not self.config.train.sample_every:
+            return None
+        try:
+            return preview_decoder(self.store.manifest)
+        except ErdFastError as error:
+            command = f"erd-fast sample {self.folder} --vae PATH|ID --out x.png"
+            self._say(f'no previews: {error}; draw samples with "{command}"')
+            return None
 
     def _start_or_resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. False if the run is finished."""
@@ -241,10 +256,9 @@ class _Run:
         rate = line["images_per_sec"]
         bar.set_postfix(loss=f"{loss:.4f}", images_per_sec=f"{rate:.0f}")
         if bar.disable:
-            left = (self.config.train.steps - self.done) * line["step_ms"] / 1e3
             total = self.config.train.steps
-            eta = f"{left // 60:.0f}:{left % 60:02.0f}"
-            self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {eta} left")
+            left = duration((total - self.done) * line["step_ms"] / 1e3)
+            self._say(f"step {self.done}/{total}  loss {loss:.4f}  {rate:.0f} images/s  {left} left")
 
     def _check_taken(self) -> None:
         """One batch may have gradients that are not finite, and is skipped; a run that goes on so is lost, unless
@@ -269,10 +283,14 @@ class _Run:
                 raise error
 
     def _preview(self) -> None:
-        if self.ranks.first and can_preview(self.store):
-            path = self.folder / "samples" / f"step-{self.done:08d}.png"
-            with self.graph.memory():
-                write_preview(self.config, self.step, self.store, path)
+        if self.decode is None:
+            return
+        path = self.folder / "samples" / f"step-{self.done:08d}.png"
+        with self.graph.memory():
+            try:
+                write_preview(self.config, self.step, self.store, self.decode, path)
+            except torch.OutOfMemoryError as error:
+                tqdm.write(f"no preview at step {self.done}: the GPU's memory is full ({str(error).splitlines()[0]})")
 
     def _judge(self) -> None:
         if not self.ranks.first or not self.config.eval.images or self.log.has("class_accuracy", self.done):
@@ -302,6 +320,9 @@ class _Run:
             kind=manifest.kind,
             scale=list(manifest.scale),
             shift=list(manifest.shift),
+            vae=manifest.vae,
+            vae_source=manifest.vae_source,
+            pixel_range=manifest.pixel_range,
         )
         totals = self.step.sum_totals()
         self.ranks.from_first(

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erd_fast.data import LatentStore
+from erd_fast.autoencoder import open_autoencoder
+from erd_fast.data import LatentStore, Manifest
 from erd_fast.evaluation import get_judge
-from erd_fast.sampling.images import generate, save, to_pixels
+from erd_fast.sampling.images import Decode, generate, latent_decoder, save, to_pixels
 from erd_fast.training.config import RunConfig
 from erd_fast.training.step import TrainStep
 
@@ -26,10 +27,24 @@ def spread_labels(count: int, num_classes: int) -> Tensor | None:
     return index % num_classes if count >= num_classes else index * num_classes // count
 
 
-def write_preview(config: RunConfig, step: TrainStep, store: LatentStore, path: Path) -> None:
+def preview_decoder(manifest: Manifest) -> Decode | None:
+    """The decoder of previews: :func:`to_pixels` for grey or RGB pixels; for latents the recorded autoencoder, from
+    local files only; None for other pixels.
+
+    Raises:
+        ConfigError, DataError: the autoencoder is unavailable, see :func:`open_autoencoder`.
+    """
+    channels = manifest.shape[0]
+    if manifest.kind == "pixels":
+        return to_pixels if channels in (1, 3) else None
+    autoencoder = open_autoencoder("", vae=manifest.vae, vae_source=manifest.vae_source, channels=channels)
+    return latent_decoder(autoencoder, manifest.scale, manifest.shift, manifest.pixel_range)
+
+
+def write_preview(config: RunConfig, step: TrainStep, store: LatentStore, decode: Decode, path: Path) -> None:
     """A grid of 40 samples, the same noise each time, so that pictures of one run can be compared."""
     labels = spread_labels(PREVIEW_IMAGES, store.manifest.num_classes)
-    save(to_pixels(_samples(config, step, labels, PREVIEW_IMAGES)), None, path, _COLUMNS)
+    save(decode(_samples(config, step, labels, PREVIEW_IMAGES)), None, path, _COLUMNS)
 
 
 def judge_samples(config: RunConfig, step: TrainStep, store: LatentStore) -> dict[str, float]:
@@ -42,11 +57,6 @@ def judge_samples(config: RunConfig, step: TrainStep, store: LatentStore) -> dic
     pixels = to_pixels(_samples(config, step, labels, count))
     scores = judge.score(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
     return {**scores, "judge_holdout_accuracy": judge.holdout_accuracy}
-
-
-def can_preview(store: LatentStore) -> bool:
-    """Whether samples are pictures: pixels, grey or RGB."""
-    return store.manifest.kind == "pixels" and store.manifest.shape[0] in (1, 3)
 
 
 def why_not_judged(store: LatentStore) -> str | None:

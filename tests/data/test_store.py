@@ -72,6 +72,7 @@ def test_the_manifest_says_what_was_given(tmp_path):
         "scale": (0.5, 2.0),
         "shift": (1.0, -1.0),
         "vae": "sd-vae",
+        "vae_source": "owner/name",
         "pixel_range": (0.0, 1.0),
         "crop": "center",
         "flip": "stored",
@@ -127,7 +128,7 @@ def test_a_pickled_store_is_its_path_and_stays_as_it_is(store, dumps, tmp_path, 
 def test_the_fingerprint_is_of_the_content_and_not_of_names(tmp_path, store):
     copy = shutil.copytree(store.path, tmp_path / "copy")
     assert LatentStore(copy).fingerprint == store.fingerprint
-    named = _write(tmp_path / "named", class_names=tuple("abcde"), vae="x")
+    named = _write(tmp_path / "named", class_names=tuple("abcde"), vae="x", vae_source="/x")
     assert named.fingerprint == store.fingerprint
     changed = _latents()
     changed[22, 1, 2, 3] += 1
@@ -218,12 +219,21 @@ def test_an_error_in_the_batches_leaves_nothing(tmp_path):
         ({"shards": [{"file": "shard-00000.safetensors"}]}, "manifest.json: "),
         ({"shards": [{"file": "shard-00000.safetensors", "count": "1", "bytes": 1, "sha256": ""}]}, "manifest.json: "),
         ({"shards": []}, "count: given 23, allowed .* 0, at least 1"),
+        ({"vae_source": 5}, r"vae_source: given 5, allowed text"),
+        ({"pixel_range": [1, -1]}, r"pixel_range: given \(1, -1\), allowed two numbers, the smaller one first"),
     ],
 )
 def test_a_manifest_that_is_not_right_names_the_field(store, fields, message):
     _edit(store, **fields)
     with pytest.raises(DataError, match=message):
         LatentStore(store.path)
+
+
+def test_a_manifest_of_before_autoencoders_were_recorded_is_read(store):
+    _edit(store, vae_source=None)
+    before = LatentStore(store.path)
+    assert "vae_source" not in json.loads((store.path / "manifest.json").read_text())
+    assert before.manifest.vae_source == "" and before.fingerprint == store.fingerprint
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "", "\0"])

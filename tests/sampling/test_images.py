@@ -10,7 +10,7 @@ from erd_fast.diffusion import get_schedule
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.sampling import heun
-from erd_fast.sampling.images import check_output, generate, grid, save, to_pixels
+from erd_fast.sampling.images import check_output, generate, grid, prepare_output, save, to_latents, to_pixels
 
 
 class _PerImage(nn.Module):
@@ -72,6 +72,15 @@ def test_pixels_have_channels_last(dtype):
     x = torch.stack((torch.full((2, 3), -1.0), torch.zeros(2, 3), torch.ones(2, 3)))[None].to(dtype)
     found = to_pixels(x)
     assert found.shape == (1, 2, 3, 3) and (found == np.array([0, 128, 255])).all()
+
+
+def test_latents_are_what_scale_and_shift_were_applied_to():
+    x = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    scale, shift = [0.5, 4.0], [1.0, -3.0]
+    scaled = (to_latents(x, scale, shift) - torch.tensor(shift).view(2, 1, 1)) * torch.tensor(scale).view(2, 1, 1)
+    torch.testing.assert_close(scaled, x, rtol=0, atol=4 * 2**-24 * 4 * 3)  # two roundings of up to 3, times 4
+    assert torch.equal(to_latents(x, scale, []), x / torch.tensor(scale).view(2, 1, 1))
+    assert torch.equal(to_latents(x.bfloat16(), [], []), x.bfloat16().float())
 
 
 # 8 pixels are enlarged 8 times to reach 64, of 20 four times; 80 stay as they are, and the longer side counts.
@@ -143,3 +152,6 @@ def test_what_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         save(_pixels(), None, tmp_path / "file" / "x.png")
+    (tmp_path / "y.png").mkdir()
+    with pytest.raises(RunError, match=r"^out must be a file, got the folder .*y\.png$"):
+        prepare_output(tmp_path / "y.png")

@@ -4,13 +4,16 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.ops.backends import absence
@@ -20,7 +23,7 @@ from erd_fast.training import loop
 from erd_fast.training.build import describe
 from erd_fast.training.config import load_config
 from erd_fast.training.loop import train
-from erd_fast.training.sample_run import sample_run
+from erd_fast.training.sample_run import open_decoder, sample_run
 from fixtures import latent_store
 from run_folders import Killed, checkpoints, die, events, same_weights, terminate
 
@@ -101,7 +104,7 @@ def test_one_process_trains_in_a_folder(tmp_path, tiny):
     [
         ({"model": {"hidden_size": 33}}, "hidden_size: given 33"),
         ({"model": {"patch_size": 3}}, "patch_size"),
-        ({"data": {"path": ""}}, "data.path: not given"),
+        ({"data": {"path": ""}}, "--data.path must name a latent store"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, tiny, sections, message):
@@ -131,14 +134,14 @@ def test_a_run_stopped_before_its_first_line_can_begin_again(tmp_path, tiny, mon
 def test_a_run_on_latents_samples_latents_as_they_are_stored(tmp_path, tiny):
     store = latent_store(tmp_path / "store", "mean_std")
     train(tiny(data={"path": str(store.path)}, eval={"cfg_scale": 1.0}), tmp_path / "run")
-    latents, labels = sample_run(tmp_path / "run", 4, steps=2)
+    latents, labels = sample_run(tmp_path / "run", 4, decode=open_decoder(tmp_path / "run", "none"), steps=2)
     assert latents.dtype == np.float32 and latents.shape == (4, 4, 8, 8)
     assert labels.tolist() == [0, 2, 5, 7]
     # Stored as (x0 / 0.5 + 1): an untrained model gives x0 of mean 0, so z of mean 1, within its own spread.
     assert abs(latents.mean() - 1.0) < 4 * latents.std() / latents.size**0.5 + 0.5
     save(latents, labels, tmp_path / "z.npz")
     assert np.array_equal(np.load(tmp_path / "z.npz")["arr_0"], latents)
-    with pytest.raises(ConfigError, match=r"the run is on latents"):
+    with pytest.raises(ConfigError, match=r"out must end in .npz for latents, got .*z\.png"):
         save(latents, labels, tmp_path / "z.png")
 
 
@@ -233,11 +236,47 @@ def test_metrics_are_the_last_values_with_the_size_of_the_world(tmp_path, tiny, 
     assert 0 <= stored["data_wait_pct"] <= 100
 
 
-def test_latents_are_trained_without_previews(tmp_path, tiny):
+def test_latents_of_no_known_autoencoder_are_trained_without_previews(tmp_path, tiny, capsys):
     store = latent_store(tmp_path / "store", "mean_std", count=20, shard_size=7)
     config = tiny(data={"path": str(store.path)}, train={"sample_every": 1}, eval={"images": 10})
     result = train(config, tmp_path / "run")
     assert "class_accuracy" not in result and not (tmp_path / "run" / "samples").exists()
+    command = f"erd-fast sample {tmp_path}/run --vae PATH|ID --out x.png"
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f'no previews: the source of the autoencoder is not recorded; draw samples with "{command}"'
+    )
+
+
+def test_without_diffusers_latents_are_trained_without_previews(tmp_path, tiny, given, whole, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for every, lines in ((0, 0), (1, 1)):
+        config = tiny(data={"path": str(given / "whole")}, train={"steps": 2, "sample_every": every})
+        train(config, tmp_path / str(every))
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no previews: ")]
+        assert len(said) == lines and all("pip install 'erd-fast[vae]'" in line for line in said)
+    assert checkpoints(tmp_path / "1") == [2] and not (tmp_path / "1" / "samples").exists()
+
+
+def test_previews_of_latents_change_nothing_in_training(tmp_path, tiny, given, latent_run, training_lines):
+    train(tiny(data={"path": str(given / "whole")}, train={"steps": 3}), tmp_path / "plain")
+    assert training_lines(tmp_path / "plain") == training_lines(latent_run)
+    assert same_weights(tmp_path / "plain", latent_run, 3)
+
+
+def test_a_preview_that_does_not_fit_into_the_gpu_is_left_out(tmp_path, tiny, given, whole, capsys, monkeypatch):
+    decode, steps = Autoencoder.decode, []
+
+    def full_at_first(*arguments):
+        steps.append(None)
+        if len(steps) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        return decode(*arguments)
+
+    monkeypatch.setattr(Autoencoder, "decode", full_at_first)
+    train(tiny(data={"path": str(given / "whole")}, train={"steps": 2, "sample_every": 1}), tmp_path / "run")
+    said = "no preview at step 1: the GPU's memory is full (CUDA out of memory. Tried to allocate 2 GiB.)"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    assert os.listdir(tmp_path / "run" / "samples") == ["step-00000002.png"]
 
 
 def test_plain_lines_tell_size_rate_and_time_left(tmp_path, tiny, capsys):
@@ -247,7 +286,7 @@ def test_plain_lines_tell_size_rate_and_time_left(tmp_path, tiny, capsys):
         del lines[0]  # it says so
     assert "1797 samples, resident reader; batch 16, steps 0 to 6" in head and "fp32" in head
     assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
-    assert all("loss" in line and "images/s" in line and line.endswith(" left") for line in lines)
+    assert all("loss" in line and re.search(r" images/s  00:00:\d\d left$", line) for line in lines)
     assert last == f"finished {tmp_path / 'run'} at step 6"
 
 

@@ -1,5 +1,7 @@
 """presets: known by name, described with hardware and time, and the recipe they say they are."""
 
+import re
+
 import pytest
 import torch
 
@@ -71,8 +73,15 @@ def test_recipes_are_those_of_the_paper(name, stores):
 
 
 def test_presets_without_data_say_what_is_missing():
-    with pytest.raises(ConfigError, match=r"data\.path: not given, allowed a folder of a latent store"):
-        describe(get_preset("dit-xl-2"))
+    message = '--data.path must name a latent store; make one with "erd-fast data encode" or "erd-fast data import"'
+    for name in ("custom", *IMAGENET, *CELEBA):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            describe(get_preset(name))
+
+
+def test_custom_takes_a_store_of_any_form(stores):
+    for name, form in (("imagenet", "mean_std (4, 32, 32)"), ("celeba", "pixels (3, 64, 64)")):
+        assert form in describe(_with_path(get_preset("custom"), stores / name))
 
 
 def _with_path(preset, path):

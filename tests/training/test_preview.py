@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 
 from erd_fast.data import open_reader, write_store
+from erd_fast.sampling.images import grid, to_pixels
 from erd_fast.training import preview
-from erd_fast.training.preview import can_preview, judge_samples, spread_labels, why_not_judged, write_preview
+from erd_fast.training.preview import judge_samples, preview_decoder, spread_labels, why_not_judged, write_preview
+from erd_fast.training.sample_run import sample_run
 
 
 @pytest.fixture
@@ -28,19 +30,19 @@ def test_labels_are_spread_over_the_classes():
 
 def test_a_preview_is_a_grid_of_40_images_of_the_averages(tmp_path, step, digits):
     config = step.config
-    write_preview(config, step, digits, tmp_path / "samples" / "one.png")
+    write_preview(config, step, digits, to_pixels, tmp_path / "samples" / "one.png")
     picture = np.asarray(Image.open(tmp_path / "samples" / "one.png"))
     assert picture.shape == (4 * 66 + 2, 10 * 66 + 2)  # 8 x 8 enlarged to 64 x 64, with gaps
     assert len(np.unique(picture)) > 10
     with torch.no_grad():
         for parameter in step.model.parameters():
             parameter.add_(1.0)
-    write_preview(config, step, digits, tmp_path / "two.png")
+    write_preview(config, step, digits, to_pixels, tmp_path / "two.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "two.png")), picture)
     with torch.no_grad():
         for parameter in step.model.parameters():
             step.optimizer.state[parameter]["ema"].mul_(1.5)
-    write_preview(config, step, digits, tmp_path / "three.png")
+    write_preview(config, step, digits, to_pixels, tmp_path / "three.png")
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "three.png")), picture)
 
 
@@ -71,4 +73,22 @@ def test_pixels_with_classes_can_be_judged(tmp_path, digits):
     large = write_store(tmp_path / "d", [(pixels.repeat(1, 1, 1, 9), labels)], kind="pixels", num_classes=2)
     assert why_not_judged(digits) is None
     assert [why_not_judged(store).split()[3] for store in (without, latents, few, large)] == ["a", "a", "for", "for"]
-    assert [can_preview(store) for store in (digits, without, latents)] == [True, True, False]
+
+
+def test_pixels_that_are_grey_or_coloured_are_pictures(tmp_path, digits):
+    assert preview_decoder(digits.manifest) is to_pixels
+    for channels, decoder in ((2, None), (3, to_pixels)):
+        batch = torch.zeros(4, channels, 8, 8).byte(), torch.zeros(4).long()
+        store = write_store(tmp_path / str(channels), [batch], kind="pixels", num_classes=0)
+        assert preview_decoder(store.manifest) is decoder
+
+
+def test_a_preview_of_latents_is_a_grid_of_decoded_images(latent_run):
+    """That of the last step shows what the checkpoint of that step draws from the same noise."""
+    names = sorted(path.name for path in (latent_run / "samples").iterdir())
+    assert names == ["step-00000002.png", "step-00000003.png"]
+    pixels, _ = sample_run(latent_run, 40, steps=2)
+    assert len(np.unique(pixels)) > 50
+    expected = np.asarray(grid(pixels), np.int16)
+    found = np.asarray(Image.open(latent_run / "samples" / names[-1]), np.int16)
+    assert found.shape == (4 * 66 + 2, 10 * 66 + 2, 3) and np.abs(found - expected).max() <= 1

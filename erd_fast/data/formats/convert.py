@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from erd_fast.data.formats.source import ImportOptions, Source
 from erd_fast.data.manifest import DTYPES
-from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import SHARD_SIZE, write_store
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.progress import Progress
 
 _SHARD_BYTES = 1 << 29  # a shard is held in memory
 
@@ -62,8 +63,10 @@ def _check_shape(latents: NDArray[Any], source: Source, src: Path) -> None:
 
 def _described(source: Source, stored: int, src: Path, options: ImportOptions) -> dict[str, Any]:
     """Fields of the manifest."""
+    vae = source.vae if options.vae is None else options.vae
     fields: dict[str, Any] = {
-        "vae": source.vae if options.vae is None else options.vae,
+        "vae": vae,
+        "vae_source": _source_of(vae),
         "pixel_range": source.pixel_range,
         "crop": source.crop,
         "flip": source.flip,
@@ -78,6 +81,13 @@ def _described(source: Source, stored: int, src: Path, options: ImportOptions) -
         raise ConfigError(f"flip: given mirror, allowed for pixels; {src} holds latents")
     channels = stored // 2 if source.kind.startswith("mean_") else stored
     return fields | {name: _per_channel(name, channels, source, src, options) for name in ("scale", "shift")}
+
+
+def _source_of(vae: str) -> str:
+    """Where the autoencoder is, if its name is a folder or an ID of the hub."""
+    if os.path.isdir(vae):
+        return os.path.abspath(vae)
+    return vae if "/" in vae else ""
 
 
 def _per_channel(name: str, channels: int, source: Source, src: Path, options: ImportOptions) -> tuple[float, ...]:

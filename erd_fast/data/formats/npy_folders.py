@@ -42,7 +42,8 @@ _FEATURES, _LABELS = "_features", "_labels"
 
 
 def open_fast_dit(src: Path, options: ImportOptions) -> Source:
-    """Samples that are scaled already: x0 is what is stored. Whether an image was mirrored was drawn once, for good.
+    """Samples, whose scale of 0.18215 is undone: the store holds what the autoencoder gave. Whether an image was
+    mirrored was drawn once, for good.
 
     ``src`` is the folder of the two folders, or the one with the features. Files are paired by name, and come in the
     order of fast-DiT's loader: names sorted as text, so 0, 1, 10, 100 ...
@@ -55,6 +56,7 @@ def open_fast_dit(src: Path, options: ImportOptions) -> Source:
         batches=_fast_dit_batches(features, labels, names),
         kind="sample",
         count=len(names),
+        scale=(SD_SCALE,),
         crop=ADM_CROP,
     )
 
@@ -135,8 +137,9 @@ def _fast_dit_batches(features: Path, labels: Path, names: list[str]) -> Batches
         example = example or latents[0].shape
         if len(example) != 4 or example[0] != 1:
             raise DataError(f"{features}/{part[0]}: given an array {example}, allowed (1, 4, 32, 32)")
+        scaled = stacked(latents, [f"{features}/{name}" for name in part], example)[:, 0]
         yield (
-            stacked(latents, [f"{features}/{name}" for name in part], example)[:, 0],
+            scaled / np.float64(SD_SCALE),  # rounded once, whatever the files have
             stacked(classes, [f"{labels}/{name}" for name in part], (1,))[:, 0],
         )
 

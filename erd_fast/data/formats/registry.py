@@ -38,7 +38,7 @@ FORMATS: dict[str, Format] = {
     "fast-dit": Format(
         open_fast_dit,
         _LATENTS,
-        "folder with imagenet256_features and imagenet256_labels, of .npy files: samples that are scaled already.",
+        "folder with imagenet256_features and imagenet256_labels, of .npy files: samples, times 0.18215.",
     ),
     "uvit": Format(
         open_uvit,

@@ -31,7 +31,8 @@ class ImportOptions:
     num_classes: int | None = None
     """Labels lie below it; default the largest label and one."""
     vae: str | None = None
-    """Name of the autoencoder that made the latents, if it is not the one that the format is known for."""
+    """Autoencoder that made the latents, if it is not the one that the format is known for: a folder or an ID of the
+    Hugging Face hub, by which samples can be decoded later, or any other name."""
     scale: tuple[float, ...] = ()
     """x0 = (z - shift) * scale: one number, or one for each channel, in the place of the format's."""
     shift: tuple[float, ...] = ()

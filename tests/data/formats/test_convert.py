@@ -78,6 +78,15 @@ def test_what_the_user_says_takes_the_place_of_the_format(tmp_path, imported, re
     foreign.edm2(tmp_path / "edm2", 4, 2)
     manifest = imported("edm2", tmp_path / "edm2", scale=(0.5, 1.0, 2.0, -4.0), shift=(0.0,), vae="other").manifest
     assert (manifest.scale, manifest.shift, manifest.vae) == ((0.5, 1.0, 2.0, -4.0), (0.0,) * 4, "other")
+    assert manifest.vae_source == ""  # that of the format is another one
+
+
+def test_an_autoencoder_that_can_be_found_later_is_recorded(src, tmp_path, imported, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, source in (("vae", str(tmp_path / "vae")), ("owner/name", "owner/name"), ("my own", ""), (None, "")):
+        manifest = imported("numpy", src, **SAMPLE, vae=given).manifest
+        assert (manifest.vae, manifest.vae_source) == (given or "", source)
 
 
 def test_scales_for_each_channel_need_as_many_channels(tmp_path, refused, imported):

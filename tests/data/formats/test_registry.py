@@ -48,7 +48,7 @@ EDM2 = {
 }
 CASES = {
     "erd-hdf5": Case(foreign.erd_hdf5, src="erd.h5"),
-    "fast-dit": Case(foreign.fast_dit, kind="sample", scale=()),
+    "fast-dit": Case(foreign.fast_dit, kind="sample"),
     "uvit": Case(foreign.uvit, PICKLE, kind="mean_logvar", flip="stored"),
     "maskdit-lmdb": Case(foreign.maskdit_lmdb, kind="mean_logvar", flip="stored"),
     "maskdit-webdataset": Case(foreign.maskdit_webdataset, PICKLE, kind="mean_logvar"),
@@ -92,6 +92,7 @@ def test_each_format_becomes_a_store_that_says_what_its_numbers_mean(case, tmp_p
     assert manifest.scale == pytest.approx(case.scale, rel=1e-6) and manifest.shift == pytest.approx(case.shift)
     for field in ("kind", "vae", "pixel_range", "flip"):
         assert getattr(manifest, field) == getattr(case, field), field
+    assert manifest.vae_source == case.vae
     assert (manifest.dtype, manifest.num_classes) == ("float16", 10)
     known = "" if name == "maskdit-webdataset" else f"{len(store)} samples of "
     first, progress, last = capsys.readouterr().out.splitlines()

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from encoding import COUNT, content, encode_given
-from erd_fast.data import encode as encode_module
 from erd_fast.data import writer
-from erd_fast.data.unfinished import Unfinished
 from erd_fast.errors import DataError, RunError
+from erd_fast.prepare import encode as encode_module
+from erd_fast.prepare.unfinished import Unfinished
 from pictures import image_folder
 
 

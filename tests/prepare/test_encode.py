@@ -13,11 +13,11 @@ from PIL import Image
 
 from encoding import COUNT, OPTIONS, content, encode_given
 from erd_fast import cli
+from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import LatentStore
-from erd_fast.data.autoencoder import Autoencoder
-from erd_fast.data.encode import encode
 from erd_fast.data.pictures import decode, open_pictures
 from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.prepare.encode import encode
 from erd_fast.random import Purpose, Stream, normals
 from fixtures import latent_store
 from pictures import COLLECTIONS
@@ -55,7 +55,8 @@ def test_rows_are_moments_of_the_autoencoder_in_the_order_of_the_images(given, w
     assert (manifest.kind, manifest.shape, manifest.dtype) == ("mean_std", (4, 4, 4), "float16")
     assert (manifest.scale, manifest.shift, manifest.class_names) == ((factor,) * 4, (), ("china", "flower"))
     assert (manifest.crop, manifest.flip, manifest.pixel_range) == ("adm-center", "none", (-1.0, 1.0))
-    assert manifest.vae.startswith("vae@") and [shard.count for shard in manifest.shards] == [4, 4, 3]
+    assert manifest.vae.startswith("vae@") and manifest.vae_source == str(given / "vae")
+    assert [shard.count for shard in manifest.shards] == [4, 4, 3]
     assert json.loads(whole["encode.json"])["broken"] == [] and str(given) not in whole["encode.json"].decode()
 
 
@@ -172,6 +173,12 @@ def test_the_list_of_broken_images_is_the_same_on_every_machine(given, tmp_path)
     store = encode(tmp_path / "images", tmp_path / "store", str(given / "vae"), OPTIONS)
     listed = json.loads((store.path / "encode.json").read_text())["broken"]
     assert listed == [[first, "no image of a known format"], [second, "No such file or directory"]]
+
+
+def test_a_store_knows_its_autoencoder_from_any_folder(given, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(given)
+    store = encode(Path("images"), tmp_path / "store", "./vae", OPTIONS)
+    assert store.manifest.vae_source == str(given / "vae") and content(store.path) == whole
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -1,8 +1,12 @@
 """The autoencoder of latents: diffusers' AutoencoderKL, from a folder or the Hugging Face hub."""
 
+import contextlib
+import functools
 import hashlib
+import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -10,8 +14,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from erd_fast.errors import DataError
+from erd_fast.errors import ConfigError, DataError
 from erd_fast.extras import load
+from erd_fast.numerics import float32_products
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _Found = TypeVar("_Found")
@@ -32,9 +37,11 @@ class Autoencoder:
     Args:
         source: a folder of an AutoencoderKL, or of a pipeline that has one as ``vae``; or an ID of the hub.
         device, precision: of what it computes.
+        download: whether an ID may be downloaded; otherwise it must be in the local cache, and no request is sent.
 
     Attributes:
-        name: for the manifest: the folder's name or the ID, and the beginning of a hash of the weights.
+        name: ``vae`` of the manifest: the folder's name or the ID, and the beginning of a hash of the weights.
+        source: ``vae_source`` of the manifest: the folder's absolute path, or the ID.
         channels: C of the latents.
         factor: H / h = W / w.
         scale, shift: x0 = (z - shift) * scale for each channel, as its configuration says; shift is empty for 0.
@@ -43,34 +50,53 @@ class Autoencoder:
         DataError: there is no such autoencoder. ConfigError: diffusers is not installed.
     """
 
-    def __init__(self, source: str, device: torch.device, precision: Precision):
-        self._vae = _load(source)
-        named = Path(source).resolve().name if Path(source).is_dir() else source
-        self.name = f"{named}@{_hash_of(self._vae)}"
+    def __init__(self, source: str, device: torch.device, precision: Precision = "tf32", *, download: bool = True):
+        self._vae = _load(source, download)
+        local = Path(source).is_dir()
+        self.name = f"{Path(source).resolve().name if local else source}@{_hash_of(self._vae)}"
+        self.source = os.path.abspath(source) if local else source
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = _scale_and_shift(config)
-        self.device, self._dtype = device, _DTYPES.get(precision, torch.float32)
-        # Not by diffusers' own `to`, which warns of a dtype, as of other models it keeps parts in float32.
-        torch.nn.Module.to(self._vae, device, self._dtype)
+        self._precision, self._dtype = precision, _DTYPES.get(precision, torch.float32)
+        self._move(device)
         self._vae.to(memory_format=torch.channels_last).requires_grad_(False).eval()
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-            torch.backends.cudnn.allow_tf32 = precision != "fp32"
-            torch.backends.cudnn.deterministic = True
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Compute on ``device`` within the block. Then the weights return to where they were, and their memory on
+        ``device`` is free."""
+        home = self.device
+        try:
+            self._move(device)
+            yield
+        finally:
+            self._move(home)
 
     def encode(self, pixels: Tensor) -> Posterior:
         """Of ``pixels`` (n, H, W, 3) uint8, fed as -1 to 1."""
-        if self.device.type == "cpu":
-            return Posterior(*map(torch.cat, zip(*_one_by_one(self._encode, pixels), strict=True)))
-        return self._encode(pixels)
+        with self._products():
+            if self.device.type == "cpu":
+                return Posterior(*map(torch.cat, zip(*_one_by_one(self._encode, pixels), strict=True)))
+            return self._encode(pixels)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (n, H, W, 3) uint8 of latents (n, C, h, w) that are not scaled."""
-        if self.device.type == "cpu":
-            return torch.cat(_one_by_one(self._decode, latents))
-        return torch.cat([self._decode(row).cpu() for row in latents.split(1)])  # takes more memory than to encode
+    def decode(self, latents: Tensor, pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+        """Pixels (n, H, W, 3) uint8, on the CPU, of latents (n, C, h, w) that are not scaled. ``pixel_range`` is the
+        range of the pixels that were encoded."""
+        decode = functools.partial(self._decode, pixel_range)
+        with self._products():
+            if self.device.type == "cpu":
+                return torch.cat(_one_by_one(decode, latents))
+            return torch.cat([decode(row).cpu() for row in latents.split(1)])  # takes more memory than to encode
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        # Not by diffusers' own `to`, which warns of a dtype, as of other models it keeps parts in float32.
+        torch.nn.Module.to(self._vae, device, self._dtype)
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        return float32_products(tf32=self.device.type == "cuda" and self._precision != "fp32", deterministic=True)
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Posterior:
@@ -80,9 +106,37 @@ class Autoencoder:
         return Posterior(found.mean.float(), (0.5 * logvar).exp(), logvar)
 
     @torch.inference_mode()
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, pixel_range: tuple[float, float], latents: Tensor) -> Tensor:
+        low, high = pixel_range
         images = self._vae.decode(latents.to(self.device, self._dtype)).sample.float()
-        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def open_autoencoder(given: str, *, vae: str, vae_source: str, channels: int) -> Autoencoder:
+    """The autoencoder to decode latents with, on the CPU.
+
+    Args:
+        given: the user's choice: a folder, or an ID of the hub, which may be downloaded. Empty: the recorded one, from
+            local files and the local Hugging Face cache only.
+        vae, vae_source: what the manifest or the checkpoint records. Where ``vae`` ends with a hash of the weights, a
+            recorded autoencoder must have it; a given one with another hash is used with a warning.
+        channels: C of the latents.
+
+    Raises:
+        ConfigError: diffusers is not installed, or the autoencoder's latents have another number of channels.
+        DataError: none is recorded, there is no autoencoder, or another one than recorded.
+    """
+    if not given and not vae_source:
+        raise DataError(f"the source of the autoencoder{f' {vae}' if vae else ''} is not recorded")
+    autoencoder = Autoencoder(given or vae_source, torch.device("cpu"), download=bool(given))
+    if autoencoder.channels != channels:
+        raise ConfigError(f"vae must have {channels} latent channels, got {autoencoder.channels} ({autoencoder.name})")
+    known = re.search(r"@[0-9a-f]{8}$", vae)
+    if known and not autoencoder.name.endswith(known[0]):
+        if not given:
+            raise DataError(f"{vae_source} is now {autoencoder.name}, but the latents were made by {vae}")
+        warnings.warn(f"decoding with {autoencoder.name}; the latents were made by {vae}", stacklevel=2)
+    return autoencoder
 
 
 def _one_by_one(compute: Callable[[Tensor], _Found], rows: Tensor) -> list[_Found]:
@@ -95,23 +149,7 @@ def _one_by_one(compute: Callable[[Tensor], _Found], rows: Tensor) -> list[_Foun
     return found
 
 
-class Encoding:
-    """Numbers on their way from the device to the CPU. Work that is begun after this one is not waited for."""
-
-    def __init__(self, numbers: Tensor):
-        self._done = torch.cuda.Event() if numbers.is_cuda else None
-        if self._done is not None:
-            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-            self._done.record()
-        self._numbers = numbers
-
-    def result(self) -> Tensor:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._numbers
-
-
-def _load(source: str) -> Any:
+def _load(source: str, download: bool) -> Any:
     diffusers = load("diffusers", "vae", f"vae {source}")
     folder = Path(source)
     if folder.is_dir():
@@ -122,8 +160,22 @@ def _load(source: str) -> Any:
             )
         return _loaded(diffusers, source, str(folder), local_files_only=True)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise DataError(f"vae: {source} is no folder, and no ID of the Hugging Face hub such as owner/name")
-    return _loaded(diffusers, source, source)
+        raise DataError(f"vae must be a folder or an ID of the Hugging Face hub such as owner/name, got {source}")
+    if download:
+        return _loaded(diffusers, source, source)
+    return _loaded(diffusers, source, _cached(source), local_files_only=True)
+
+
+def _cached(source: str) -> str:
+    """The folder of ``source`` in the local cache. The hub's client would send a request even for local files only."""
+    hub = load("huggingface_hub", "vae", f"vae {source}")
+    try:
+        config = hub.try_to_load_from_cache(source, "config.json")
+    except ValueError:  # the hub has no such names
+        config = None
+    if not isinstance(config, str):
+        raise DataError(f'vae: {source} is not in the local Hugging Face cache ("hf download {source}" fetches it)')
+    return str(Path(config).parent)
 
 
 def _loaded(diffusers: Any, given: str, source: str, **how: Any) -> Any:

@@ -1,7 +1,7 @@
 """Images to latents, once: a store of what an autoencoder makes of a collection.
 
 The work is cut into shards, each of which is a fixed range of the collection, and goes on in a hidden folder beside the
-store to be (:mod:`erd_fast.data.unfinished`). A shard depends on its range alone, so the store is the same bytes
+store to be (:mod:`erd_fast.prepare.unfinished`). A shard depends on its range alone, so the store is the same bytes
 however often the work began anew, and on however many processes.
 """
 
@@ -15,17 +15,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from erd_fast.data.autoencoder import Autoencoder, Encoding, Posterior, Precision
-from erd_fast.data.contact_sheet import contact_sheet
+from erd_fast.autoencoder import Autoencoder, Posterior, Precision
 from erd_fast.data.decoding import Broken, Decoded, decode_ahead, parts
 from erd_fast.data.manifest import ADM_CROP, DTYPES, Shard
 from erd_fast.data.pictures import Pictures, decode, open_pictures
-from erd_fast.data.progress import Progress
 from erd_fast.data.store import LatentStore
-from erd_fast.data.unfinished import Unfinished
 from erd_fast.data.writer import write_manifest, write_shard
 from erd_fast.errors import ConfigError, DataError, RunError
 from erd_fast.files import read_json, write_bytes, write_json
+from erd_fast.prepare.contact_sheet import contact_sheet
+from erd_fast.prepare.unfinished import Unfinished
+from erd_fast.progress import Progress
 from erd_fast.random import Purpose, Stream, normals
 from erd_fast.torchrun import own_device, own_place
 
@@ -180,12 +180,13 @@ class _Job:
             scale=self._autoencoder.scale,
             shift=self._autoencoder.shift,
             vae=self._autoencoder.name,
+            vae_source=self._autoencoder.source,
             crop=ADM_CROP,
             flip=self.options.flip,
         )
         write_bytes(store / "contact_sheet.png", self._contact_sheet({image.name for image in broken}))
 
-    def _encode_shard(self, number: int, batches: Iterator[tuple[Decoded, Encoding]], progress: Progress) -> None:
+    def _encode_shard(self, number: int, batches: Iterator[tuple[Decoded, "_Encoding"]], progress: Progress) -> None:
         latents: Tensor | None = None
         labels: list[int] = []
         broken: list[Broken] = []
@@ -207,14 +208,14 @@ class _Job:
             note |= {"shard": dataclasses.asdict(shard), "shape": list(latents.shape[1:])}
         self.work.write_note(number, note)
 
-    def _begun(self, batches: Iterable[Decoded]) -> Iterator[tuple[Decoded, Encoding]]:
+    def _begun(self, batches: Iterable[Decoded]) -> Iterator[tuple[Decoded, "_Encoding"]]:
         """Each batch with its latents on their way."""
         for decoded in batches:
             pixels = decoded.pixels.to(self._autoencoder.device, non_blocking=True)
             if self.options.flip == "stored":
                 pixels = torch.stack((pixels, pixels.flip(2)), dim=1).flatten(0, 1)
             rows = self._kept(self._autoencoder.encode(pixels), decoded) if decoded.numbers else torch.empty(0)
-            yield decoded, Encoding(rows.to(DTYPES[self.options.dtype]))
+            yield decoded, _Encoding(rows.to(DTYPES[self.options.dtype]))
 
     def _kept(self, posterior: Posterior, decoded: Decoded) -> Tensor:
         if self.options.kind == "mean_std":
@@ -265,6 +266,22 @@ class _Job:
         rows = LatentStore(self.work.store, verify=False).gather(torch.tensor(chosen) * self._views)
         decoded = self._autoencoder.decode(rows[:, : self._autoencoder.channels])
         return contact_sheet(originals, list(decoded.numpy()))
+
+
+class _Encoding:
+    """Numbers on their way from the device to the CPU. Work that is begun after this one is not waited for."""
+
+    def __init__(self, numbers: Tensor):
+        self._done = torch.cuda.Event() if numbers.is_cuda else None
+        if self._done is not None:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self._done.record()
+        self._numbers = numbers
+
+    def result(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._numbers
 
 
 def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:

@@ -1,0 +1,1 @@
+"""Preparation of data before a run; training does not import it."""
