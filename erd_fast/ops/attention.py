@@ -60,7 +60,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     if reference_needed():
         return attention_reference(qkv, num_heads)
     if torch.compiler.is_compiling() or qkv.is_meta or dispatched((qkv,)):
-        named = _named()
+        named = asked_for("attention", _op.backends)
         if named not in ("triton", "reference"):
             return (_sdpa if named is None else _op.libraries[named].call)(qkv, num_heads)[0]
     return _op(qkv.contiguous(), num_heads)[0]
@@ -88,14 +88,6 @@ def _check(qkv: Tensor, num_heads: int) -> None:
 
 def _in_autocast(qkv: Tensor) -> bool:
     return not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type)
-
-
-def _named() -> str | None:
-    return asked_for("attention", _op.backends)
-
-
-# What torch.compiler.assume_constant_result sets, which imports the compiler to do so: a graph keeps the name.
-_named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

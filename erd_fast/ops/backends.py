@@ -53,15 +53,20 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
 
 
 def asked_for(op: str, has: tuple[str, ...]) -> str | None:
-    """The backend named for ``op``, which has the backends ``has``; None is auto."""
+    """The backend named for ``op``, which has the backends ``has``; None is auto.
+
+    torch.compile traces this: a graph has the name as a constant, and another ``use_backend`` block recompiles.
+    """
     choice = _chosen.get()
-    return _named(_parsed(os.environ.get(_VARIABLE, ""), _VARIABLE) if choice is None else choice, op, has)
+    return _named_by_environment(op, has) if choice is None else _named(choice, op, has)
 
 
-def requested_by_block(op: str, has: tuple[str, ...]) -> str | None:
-    """As :func:`asked_for`, by :func:`use_backend` only: what is gone in another thread. torch.compile can trace it."""
-    choice = _chosen.get()
-    return None if choice is None else _named(choice, op, has)
+def _named_by_environment(op: str, has: tuple[str, ...]) -> str | None:
+    return _named(_parsed(os.environ.get(_VARIABLE, ""), _VARIABLE), op, has)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler to do so.
+_named_by_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _named(choice: dict[str, str], op: str, has: tuple[str, ...]) -> str | None:

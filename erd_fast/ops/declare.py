@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import choices
-from erd_fast.ops.backends import OPS, absence, asked_for, interpreted, requested_by_block
+from erd_fast.ops.backends import OPS, absence, asked_for, interpreted
 from erd_fast.ops.choices import form_of
 
 Outputs = tuple[Tensor, ...]
@@ -115,9 +115,9 @@ class Op:
 
     def __call__(self, *args: Any) -> Outputs:
         if torch.compiler.is_compiling():
-            # A block's request becomes a constant of both graphs, since the backward graph may run in a thread without
-            # it; another request recompiles. Without one the op chooses when the graph runs.
-            return self.forward.registered(*args, requested_by_block(self.name, self.backends) or "")
+            # A requested name is a constant of both graphs: the backward graph may run in a thread that does not know
+            # the request. Without one the op chooses when the graph runs.
+            return self.forward.registered(*args, asked_for(self.name, self.backends) or "")
         if explaining.get():
             raise ReachedError(self, args)
         backend = self.choose(*args)

@@ -173,6 +173,16 @@ def test_the_backend_of_the_forward_pass_runs_the_backward_pass(way, compiled):
 
 
 @WAYS
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_graph_takes_the_backend_that_the_environment_names(way, monkeypatch):
+    monkeypatch.setenv("ERD_FAST_BACKEND", "toy_own=reference")
+    x = torch.ones(3, requires_grad=True)
+    y = toy_own(compiled=True)(x)[0].sum()
+    way(lambda: torch.autograd.grad(y, x))
+    assert [*CALLS] == ["forward reference", "backward reference"]
+
+
+@WAYS
 @COMPILED
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("requested", ["cpu", "auto"])
