@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import CHUNK, FORMATS, MOST_EMAS, ChunkTable, Slot, Slots
+from erd_fast.ops.chunks import CHUNK, FORMATS, MOST_EMAS, ChunkTable, Column, Slot, Slots
 from erd_fast.ops.declare import Outputs, Pass, declare
 
 
@@ -115,7 +115,7 @@ def adamw_ema(
         growth_interval: steps; 0 keeps the loss scale.
 
     Raises:
-        ValueError: more than 4 averages, or not as many for each slot.
+        ValueError: more than 4 averages, or not as many for each slot; or the table is of other tensors.
 
     Moves with one average, bfloat16 gradients and copies 36 bytes a parameter: p, m, v, ema in and out 32, gradient 2,
     copy 2; 36 with float32 gradients and no copy.
@@ -124,6 +124,9 @@ def adamw_ema(
     """
     lists = slots if isinstance(slots, Slots) else Slots.of(slots)
     decays = len(lists.emas) // len(lists.gradients)
+    for column, tensors in zip(list(Column)[:5], lists[:5], strict=True):
+        table.check("adamw_ema", column, tensors)
+    table.check("adamw_ema", Column.EMA, lists.emas, step=decays)
     _op(table.rows, table.places, CHUNK, settings, norm, growth_interval, decays, *state, *lists)
 
 

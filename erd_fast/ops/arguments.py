@@ -38,6 +38,15 @@ def check_dtype(op: str, argument: str, given: Tensor | None, *allowed: torch.dt
         raise ValueError(f"{op}: {argument}: given {given.dtype}, allowed {', '.join(map(str, allowed))}")
 
 
+def check_dense(op: str, argument: str, given: Tensor) -> None:
+    """Raise ValueError unless ``given`` fills its memory without holes, in whatever order of dimensions."""
+    # PyTorch knows this property, and tells it only by what an empty_like keeps.
+    if not given.is_contiguous() and torch.empty_like(given, device="meta").stride() != given.stride():
+        raise ValueError(
+            f"{op}: {argument}: given strides {given.stride()} of shape {tuple(given.shape)}, allowed dense memory"
+        )
+
+
 def check_rows(op: str, argument: str, given: Tensor | None, limit: int) -> None:
     """Raise ValueError unless ``given`` holds rows in [0, limit). On a GPU it is not read back: kernels check there."""
     if given is None or not _readable(given):

@@ -6,11 +6,13 @@ DistributedDataParallel and modules of other projects are one case. Address 0 is
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from erd_fast.ops.arguments import check_dense
 
 CHUNK = 8192
 MOST_EMAS = 4
@@ -51,10 +53,38 @@ class Slot(NamedTuple):
     emas: tuple[Tensor, ...] = ()
     group: int = 0
 
+    def named(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The tensors in the order of the columns of a row."""
+        yield from zip(self._fields[:5], self[:5], strict=True)
+        yield from ((f"emas[{index}]", ema) for index, ema in enumerate(self.emas))
+
+    def check(self, number: int) -> None:
+        """Raise ValueError unless the tensors are dense and have one shape, strides and device, and all but gradient
+        and copy one dtype: kernels take the gradient's size for all of them."""
+        first, dtype = self.gradient, None
+        for name, tensor in self.named():
+            if tensor is None:
+                continue
+            given = f"adamw_ema: slots[{number}].{name}"
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                kind = type(tensor).__name__ if tensor.layout == torch.strided else tensor.layout
+                raise ValueError(f"{given} must be a plain dense tensor, got {kind}")
+            check_dense("adamw_ema", f"slots[{number}].{name}", tensor)
+            if (tensor.shape, tensor.stride(), tensor.device) != (first.shape, first.stride(), first.device):
+                raise ValueError(
+                    f"{given} must have shape {tuple(first.shape)}, strides {first.stride()} and device {first.device} "
+                    f"as its gradient, got {tuple(tensor.shape)}, {tensor.stride()} and {tensor.device}"
+                )
+            if name in ("gradient", "copy"):
+                continue
+            dtype = dtype or (torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+            if tensor.dtype != dtype:
+                raise ValueError(f"{given} must be {dtype}, got {tensor.dtype}")
+
     def row(self) -> list[int]:
-        kept = (self.parameter, self.exp_avg, self.exp_avg_sq, self.copy, *self.emas)
-        kept += (None,) * (Column.NUMEL - 1 - len(kept))
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (self.gradient, *kept)]
+        kept = [tensor for _, tensor in self.named()]
+        kept += (None,) * (Column.NUMEL - len(kept))
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
         form = FORMATS.get(self.gradient.dtype, 0)
         if self.copy is not None:
             form += 4 * FORMATS.get(self.copy.dtype, 0)
@@ -111,7 +141,13 @@ class ChunkTable:
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Describe these slots; nothing is copied if that is what the table has. Within a capture of a CUDA graph the
-        addresses are noted and :meth:`upload` must follow it."""
+        addresses are noted and :meth:`upload` must follow it.
+
+        Raises:
+            ValueError: the tensors of a slot do not go together, see :meth:`Slot.check`.
+        """
+        for number, slot in enumerate(slots):
+            slot.check(number)
         rows = [slot.row() for slot in slots]
         if rows == self._rows:
             return
@@ -123,6 +159,16 @@ class ChunkTable:
             self.rows = torch.zeros((len(rows), COLUMNS), dtype=torch.int64, device=self._device)
         self._sizes, self._rows, self._pending = sizes, rows, True
         self.upload()
+
+    def check(self, op: str, column: Column, tensors: Sequence[Tensor], step: int = 1) -> None:
+        """Raise ValueError unless ``column``, and those after it up to ``step``, have the addresses and sizes of
+        ``tensors``. Kernels read the table; so nothing else keeps them from memory that was freed or never theirs."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return  # tensors without memory
+        found = [(row[column + offset], row[Column.NUMEL]) for row in self._rows for offset in range(step)]
+        given = [(t.data_ptr(), t.numel()) if t.numel() else (0, n) for t, (_, n) in zip(tensors, found, strict=False)]
+        if len(found) != len(tensors) or found != given:
+            raise ValueError(f"{op}: table must be that of these tensors, got one with other {column.name.lower()}s")
 
     def upload(self) -> None:
         """Copy the addresses that were noted to the device; not within a capture."""

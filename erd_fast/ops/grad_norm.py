@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device
-from erd_fast.ops.chunks import CHUNK, FORMATS, ChunkTable, Slot
+from erd_fast.ops.arguments import check_dense, check_device
+from erd_fast.ops.chunks import CHUNK, FORMATS, ChunkTable, Column, Slot
 from erd_fast.ops.declare import Outputs, Pass, declare
 
 
@@ -21,13 +21,13 @@ def grad_norm(gradients: Sequence[Tensor], table: ChunkTable | None = None) -> T
     Args:
         gradients: any shapes of dense memory; float32, bfloat16 and float16 may be mixed. float64 is left to PyTorch,
             and so is the sum then.
-        table: that of these gradients, if there is one already, which says that they are as they shall be.
+        table: that of these gradients, if there is one already.
 
     Returns:
         () float32 (float64 if a gradient is), on the device of the gradients; 0 for none.
 
     Raises:
-        ValueError: gradients are on several devices, or not dense.
+        ValueError: gradients are on several devices, or not dense, or the table is of others.
 
     Reads each gradient once: 2 or 4 bytes an element.
     """
@@ -39,6 +39,8 @@ def grad_norm(gradients: Sequence[Tensor], table: ChunkTable | None = None) -> T
             check_dense("grad_norm", f"gradients[{number}]", gradient)
         table = ChunkTable(gradients[0].device)
         table.update([Slot(gradient) for gradient in gradients])
+    else:
+        table.check("grad_norm", Column.GRADIENT, gradients)
     return _op(table.rows, table.places, CHUNK, list(gradients))[0]
 
 
@@ -47,15 +49,6 @@ def grad_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
     dtype = _dtype(gradients)
     squares = [gradient.to(dtype).square().sum() for gradient in gradients]
     return torch.stack(squares).double().sum().sqrt().to(dtype)
-
-
-def check_dense(op: str, argument: str, given: Tensor) -> None:
-    """Raise ValueError unless ``given`` fills its memory without holes, in whatever order of dimensions."""
-    # PyTorch knows this property, and tells it only by what an empty_like keeps.
-    if not given.is_contiguous() and torch.empty_like(given, device="meta").stride() != given.stride():
-        raise ValueError(
-            f"{op}: {argument}: given strides {given.stride()} of shape {tuple(given.shape)}, allowed dense memory"
-        )
 
 
 def _dtype(gradients: Sequence[Tensor]) -> torch.dtype:

@@ -18,8 +18,9 @@ from erd_fast.ops.adamw_ema import (
     StepState,
     adamw_ema,
 )
+from erd_fast.ops.arguments import check_dense
 from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, Slots, capturing
-from erd_fast.ops.grad_norm import check_dense, grad_norm
+from erd_fast.ops.grad_norm import grad_norm
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
 _PICKLED = ("counts", "_scalars", "_factors", "_settings", "_settings_given", "_decays", "_masters", "_growth_interval")
@@ -208,14 +209,17 @@ class AdamWEMA(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a :meth:`state_dict`; tensors that are there already keep their memory.
 
+        Moments, averages and masters become float32 (float64 of a float64 parameter), whatever they were saved in.
+
         Raises:
-            ConfigError: it is not one of an AdamWEMA.
+            ConfigError: it is not one of an AdamWEMA, or a tensor of it has another shape than its parameter.
         """
         if _OWN not in state_dict:
             raise ConfigError(f"AdamWEMA: state_dict: given keys {sorted(state_dict)}, allowed those of an AdamWEMA")
         averages = {sum(name.startswith("ema") for name in state) for state in state_dict["state"].values()}
         if averages - {self._decays}:
             raise ConfigError(f"AdamWEMA: state_dict: given {max(averages)} averages, allowed {self._decays}")
+        self._check_shapes(state_dict)
         before = {parameter: dict(state) for parameter, state in self.state.items()}
         given = {key: value for key, value in state_dict.items() if key != _OWN}
         super().load_state_dict(given)
@@ -233,6 +237,17 @@ class AdamWEMA(torch.optim.Optimizer):
         self._key, self._kept = [], None
         self.counts.copy_(state_dict[_OWN]["counts"])
         self._scalars.copy_(state_dict[_OWN]["scalars"])
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Before anything is changed."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, self._parameters(), strict=False):  # torch checks how many there are
+            for name, value in state_dict["state"].get(number, {}).items():
+                if value.shape != parameter.shape or not value.is_floating_point():
+                    raise ConfigError(
+                        f"AdamWEMA: state_dict: {name} of parameter {number} must be floating point of shape "
+                        f"{tuple(parameter.shape)}, got {value.dtype} {tuple(value.shape)}"
+                    )
 
     def _slots(self) -> Slots | None:
         """All that a step changes, of the parameters with a gradient; made anew when an address has changed."""
@@ -258,6 +273,10 @@ class AdamWEMA(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state |= self._new_state(parameter)
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"AdamWEMA: gradients must be dense, got {gradient.layout} (an embedding with sparse=True?)"
+            )
         if gradient.stride() != parameter.stride():  # chunks are runs of memory, so all must have one order
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         master = state.get("master")
@@ -299,7 +318,12 @@ class AdamWEMA(torch.optim.Optimizer):
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
     main = getattr(parameter, "main_grad", None)
-    return parameter.grad if main is None else main
+    gradient = parameter.grad if main is None else main
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(
+            f"AdamWEMA: gradients must be dense, got {gradient.layout} (of an embedding with sparse=True?)"
+        )
+    return gradient
 
 
 def _ema(index: int) -> str:
@@ -309,7 +333,8 @@ def _ema(index: int) -> str:
 def _into(kept: Tensor | None, value: Tensor, parameter: nn.Parameter) -> Tensor:
     """``value`` in the memory of ``kept``, or in memory of its own in the order of the parameter's dimensions."""
     if kept is None:
-        kept = torch.empty_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format).detach()
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        kept = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format).detach()
     return kept.copy_(value)
 
 
@@ -343,6 +368,8 @@ def _allow(name: str, given: Any, right: bool, allowed: str) -> None:
 
 
 def _check_parameter(parameter: nn.Parameter, device: torch.device) -> None:
+    if (kind := type(parameter.data)) is not Tensor:  # its memory would be taken for that of a plain tensor
+        raise ValueError(f"AdamWEMA: params must be plain tensors, got {kind.__name__}")
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"AdamWEMA: params: given {parameter.dtype}, allowed float32, bfloat16, float16 and float64")
     if parameter.device != device:

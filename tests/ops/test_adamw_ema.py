@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import OPS, adamw_ema, grad_norm, use_backend
@@ -204,13 +205,62 @@ def test_averages_that_do_not_fit_are_refused():
         made.step()
 
 
-def test_compiled_backends_take_masters_and_not_copies():
-    made = problem(gradient=torch.bfloat16)
-    low = [slot._replace(parameter=slot.parameter.bfloat16()) for slot in made.slots]
-    table = ChunkTable(DEVICE)
-    table.update(low)
+def test_compiled_backends_take_float32():
+    made = problem(torch.float64, torch.float64)
     with use_backend(adamw_ema="cpu"), pytest.raises(BackendUnavailableError, match="are not all float32"):
-        adamw_ema(low, table, made.settings, torch.tensor(1.0), made.state)
+        made.step()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: {"parameter": s.parameter[:1]}, r"slots\[1\].parameter must have shape \(7,\), strides"),
+        (lambda s: {"exp_avg": torch.zeros(14)[::2]}, r"slots\[1\].exp_avg: given strides \(2,\)"),
+        (
+            lambda s: {"exp_avg_sq": s.exp_avg_sq.bfloat16()},
+            r"slots\[1\].exp_avg_sq must be torch.float32, got torch.bf",
+        ),
+        (lambda s: {"emas": (s.emas[0].double(),)}, r"slots\[1\].emas\[0\] must be torch.float32, got torch.float64"),
+        (lambda s: {"copy": torch.zeros(7, 1).bfloat16()}, r"slots\[1\].copy must have shape"),
+        (
+            lambda s: {"gradient": s.gradient.to_sparse()},
+            r"slots\[1\].gradient must be a plain dense tensor, got torch.sp",
+        ),
+        (
+            lambda s: {"parameter": TwoTensor(s.parameter, s.parameter)},
+            r"slots\[1\].parameter must be a plain dense tensor, got TwoTensor",
+        ),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(spoil, message):
+    """A kernel takes the size and the order of the gradient for all of them, and would write beyond the shorter one."""
+    made = problem()
+    made.slots[1] = made.slots[1]._replace(**spoil(made.slots[1]))
+    with pytest.raises(ValueError, match=f"adamw_ema: {message}"):
+        made.step()
+
+
+@pytest.mark.parametrize("name", ["gradient", "parameter", "exp_avg", "exp_avg_sq", "emas"])
+def test_a_table_of_other_tensors_is_refused(name):
+    """As where a tensor was freed, and another one is at its place in the lists."""
+    made = problem()
+    table = ChunkTable(DEVICE)
+    table.update(made.slots)
+    before = [tensor.clone() for slot in made.slots for _, tensor in slot.named() if tensor is not None]
+    moved = getattr(made.slots[1], name)
+    other = moved.clone() if isinstance(moved, torch.Tensor) else tuple(ema.clone() for ema in moved)
+    slots = [made.slots[0], made.slots[1]._replace(**{name: other}), *made.slots[2:]]
+    with pytest.raises(
+        ValueError, match=rf"table must be that of these tensors, got one with other {name.removesuffix('s')}s"
+    ):
+        adamw_ema(slots, table, made.settings, torch.tensor(1.0, device=DEVICE), made.state)
+    with pytest.raises(ValueError, match="table must be that of these tensors"):
+        adamw_ema(made.slots[:2], table, made.settings, torch.tensor(1.0, device=DEVICE), made.state)
+    if name == "gradient":
+        with pytest.raises(ValueError, match="grad_norm: table must be that of these tensors"):
+            grad_norm([slot.gradient for slot in slots], table)
+    kept = [tensor for slot in made.slots for _, tensor in slot.named() if tensor is not None]
+    assert all(torch.equal(*pair) for pair in zip(before, kept, strict=True))
 
 
 def test_it_goes_through_torchs_dispatcher_and_into_a_graph():

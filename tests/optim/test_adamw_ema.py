@@ -320,6 +320,62 @@ def test_a_state_of_another_optimizer_is_refused():
         AdamWEMA(_parameters()).load_state_dict(torch.optim.AdamW(_parameters()).state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_state_in_another_dtype_becomes_float32(dtype):
+    """Of a checkpoint that was converted: read as float32 where they lie, its numbers would be others."""
+    parameters = _parameters(torch.float32)
+    optimizer = AdamWEMA(parameters, **HOW)
+    _set_gradients(parameters, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state |= {name: value.to(dtype) for name, value in state.items()}
+    for resumed in (optimizer, AdamWEMA(parameters, **HOW)):  # with a state, whose memory is kept, and without
+        resumed.load_state_dict(copy.deepcopy(saved))
+        for number, parameter in enumerate(parameters):
+            for name, value in resumed.state[parameter].items():
+                assert value.dtype == torch.float32 and torch.equal(value, saved["state"][number][name].float())
+        resumed.step()
+        assert all(p.isfinite().all() and p.abs().max() < 10 for p in parameters)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 4), (12,)])
+def test_a_state_of_another_shape_is_refused_and_nothing_is_changed(shape):
+    parameters = _parameters(torch.float32)
+    optimizer = AdamWEMA(parameters, **HOW)
+    _set_gradients(parameters, 0)
+    optimizer.step()
+    before, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_sq"] = torch.zeros(shape)
+    saved["state"][1]["exp_avg"] += 1
+    with pytest.raises(ConfigError, match=r"exp_avg_sq of parameter 0 must be floating point of shape \(4, 3\), got"):
+        optimizer.load_state_dict(saved)
+    for number, state in before["state"].items():
+        assert all(torch.equal(optimizer.state[parameters[number]][name], value) for name, value in state.items())
+
+
+def test_distributed_tensors_are_refused_by_name():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,))))
+        with pytest.raises(ValueError, match="params must be plain tensors, got DTensor"):
+            AdamWEMA([sharded])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = AdamWEMA(embedding.parameters(), **HOW)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradients must be dense, got torch.sparse_coo"):
+        optimizer.step()
+
+
 def test_a_thousand_steps_are_as_exact_as_pytorchs():
     """Against float64 at most twice the error of torch.optim.AdamW and a lerp, on one recorded run of gradients."""
     generator = torch.Generator().manual_seed(0)
