@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -114,9 +115,15 @@ def _cudnn(qkv: Tensor, num_heads: int) -> Outputs:
 
 def _flash(qkv: Tensor, num_heads: int) -> Outputs:
     if qkv.device.type == "cpu":  # torch takes it without being told, and the telling costs more than a small call
-        return _sdpa(qkv, num_heads)
+        # Its kernel gives 0 where all scores of a row are NaN, and a diverged run would look like a sound one.
+        return _sdpa(qkv, num_heads) if _is_finite(qkv) else (attention_reference(qkv, num_heads),)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return _sdpa(qkv, num_heads)
+
+
+def _is_finite(qkv: Tensor) -> bool:
+    """Whether all numbers are finite, by their sum; a sum that overflows counts as not. A trace has no numbers."""
+    return torch.compiler.is_compiling() or dispatched((qkv,)) or math.isfinite(float(qkv.detach().sum()))
 
 
 def _efficient(qkv: Tensor, num_heads: int) -> Outputs:

@@ -57,7 +57,8 @@ def draw(
     ``(part * 2**32 + w0) // B`` stands for ``w0``.
 
     Args:
-        counter: () int64, images seen before this batch, on the device that shall hold the result; 0 to 2**62.
+        counter: () int64, images seen before this batch, on the device that shall hold the result; 0 to 2**62, and
+            the last image's number below 2**63.
         seed: 64-bit key.
         batch_size: N, images of this call.
         dataset_size: number of samples, 1 to 2**32.
@@ -88,7 +89,7 @@ def draw(
         raise ValueError(f"draw: strata: given {strata}, allowed 0 to 2**31")
     if not 0 <= offset <= _LARGEST_IMAGE:
         raise ValueError(f"draw: offset: given {offset}, allowed 0 to 2**62")
-    check_rows("draw", "counter", counter, _LARGEST_IMAGE + 1)
+    check_rows("draw", "counter", counter, min(_LARGEST_IMAGE + 1, (1 << 63) - offset - batch_size))
     if t_table is not None:
         check_device("draw", counter=counter, t_table=t_table)
         _check_table(t_table, num_timesteps)

@@ -1,5 +1,6 @@
 """attention: values and the gradient against PyTorch in float64 on every backend that is here, and who takes a call."""
 
+import math
 import re
 import sys
 import types
@@ -299,6 +300,21 @@ def test_the_fastest_is_taken_where_it_was_timed(monkeypatch):
     assert "takes efficient, the fastest when they were timed" in explain("attention", qkv, 3)
     attention(qkv[:1], 3)
     assert OP.used == "flash"
+
+
+@ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_numbers_that_are_not_finite_give_nan_where_the_reference_does(part, bad, dtype):
+    for size in ((2, 3, 1, 16), (1, 17, 2, 32), (1, 64, 1, 72)):
+        _, tokens, heads, width = size
+        for rows in (slice(None), slice(0, 1), slice(tokens - 1, tokens)):
+            qkv = drawn(0, dtype, size)[0].detach().clone()
+            start = "qkv".index(part) * heads * width
+            qkv[0, rows, start : start + heads * width] = bad
+            found, wanted = attention(qkv, heads), attention_reference(qkv, heads)
+            assert torch.equal(found.isnan(), wanted.isnan())
 
 
 def _library(call: Any) -> Any:

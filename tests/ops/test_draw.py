@@ -63,6 +63,15 @@ def test_the_counter_is_left_as_it_was():
     assert counter.item() == 7
 
 
+def test_numbers_of_images_end_below_two_to_the_63():
+    largest, how = 1 << 62, {**HOW, "batch_size": 8}
+    last = draw(torch.tensor(largest - 9), offset=largest, **how)
+    assert last.ids[-1] == (1 << 63) - 2 and (last.sample_index < HOW["dataset_size"]).all()
+    for counter, offset in ((largest - 7, largest), (largest, largest), (largest, largest - 7)):
+        with pytest.raises(ValueError, match=rf"draw: counter: given {counter}, allowed 0 to {(1 << 63) - 9 - offset}"):
+            draw(torch.tensor(counter), offset=offset, **how)
+
+
 def test_label_drop_zero_and_one_are_exact():
     assert not _many(20_000, label_drop=0.0).label_drop.any()
     assert _many(20_000, label_drop=1.0).label_drop.all()
