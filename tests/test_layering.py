@@ -112,8 +112,3 @@ def test_an_op_has_one_name_everywhere():
     for op in ops.OPS:
         assert (ROOT / "erd_fast" / "ops" / f"{op}.py").is_file()
         assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
-
-
-def test_files_stay_one_idea():
-    long = {file.name: lines for file, _ in package_files() if (lines := len(file.read_text().splitlines())) > 400}
-    assert not long
