@@ -18,7 +18,7 @@ from erd_fast.errors import ConfigError, ErdFastError
 from erd_fast.prepare.encode import EncodeOptions
 from erd_fast.sampling import GuidanceInterval
 from erd_fast.sampling.guidance import GuidanceUnit
-from erd_fast.training.config import RunConfig, load_config
+from erd_fast.training.config import SWITCH, RunConfig, load_config
 from erd_fast.training.presets import describe_presets, get_preset
 
 _DESCRIPTION = """Train diffusion transformers on image latents with the ERD loss weighting.
@@ -40,7 +40,9 @@ class Train:
     """Print configuration and size of the run, and stop."""
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write where the time of a few steps went into the run folder's profile/: a trace, a table of kernels."""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
+    run: tyro.conf.FlagConversionOff[Annotated[RunConfig, tyro.conf.arg(name="")]] = dataclasses.field(
+        default_factory=RunConfig
+    )
 
     def __call__(self) -> None:
         from erd_fast.report import write_report
@@ -303,10 +305,34 @@ def _run(arguments: list[str]) -> None:
         args=arguments or ["--help"],
         prog="erd-fast",
         description=_DESCRIPTION,
+        registry=_REGISTRY,
     )
     if isinstance(command, Train) and (command.preset, command.config) != (default.preset, default.config):
         raise ConfigError(f"train: name the preset first and --config once: erd-fast train {command.preset} ...")
     command()
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _switch(type_info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Booleans of the configuration are on or off, in the words of SWITCH."""
+    if type_info.type is not bool:
+        return None
+
+    def read(words: list[str]) -> bool:
+        if words[0].lower() not in SWITCH:
+            raise ValueError(f"must be on or off (true or false), got {words[0]}")
+        return SWITCH[words[0].lower()]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="on|off",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: ["on" if value else "off"],
+    )
 
 
 def _train_default(arguments: list[str]) -> Train:

@@ -87,6 +87,19 @@ def test_help_lists_the_commands(capsys, arguments):
     assert ended.value.code == 0 and all(name in out for name in ("train", "sample", "report", "info", "--version"))
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", "true"), ("off", "false"), ("true", "true"), ("False", "false")])
+def test_booleans_take_a_word(capsys, empty, word, value):
+    main(["train", "digits", "--train.deterministic", word, "--model.kernels", word, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert f"deterministic: {value}" in printed and f"kernels: {value}" in printed
+
+
+def test_a_boolean_that_is_neither_on_nor_off_is_named(capsys, empty):
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--model.kernels", "of", "--dry-run"])
+    assert "--model.kernels: must be on or off (true or false), got of" in " ".join(capsys.readouterr().err.split())
+
+
 def test_dry_run_prints_configuration_and_size_and_writes_nothing(capsys, tmp_path, empty):
     main(["train", "digits", "--dry-run"])
     out = capsys.readouterr().out

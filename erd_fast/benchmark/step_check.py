@@ -130,7 +130,7 @@ def _of_gradients(problem: Problem, evidence: Evidence) -> Iterator[Deviation]:
 
 
 def _plain(problem: Problem) -> RunConfig:
-    return dataclasses.replace(problem.config, model=dataclasses.replace(problem.config.model, kernels="off"))
+    return dataclasses.replace(problem.config, model=dataclasses.replace(problem.config.model, kernels=False))
 
 
 def _truth(problem: Problem, model: DiffusionModel, evidence: Evidence) -> tuple[Tensor, Named]:

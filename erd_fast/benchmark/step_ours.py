@@ -26,8 +26,8 @@ IN_BFLOAT16, IN_FLOAT16 = "erd-fast bf16", "erd-fast fp16"
 _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     IN_BFLOAT16: ("train", {"precision": "bf16"}),
     IN_FLOAT16: ("train", {"precision": "fp16"}),
-    "no-graph": ("train", {"cuda_graph": "off"}),
-    "no-kernels": ("model", {"kernels": "off"}),
+    "no-graph": ("train", {"cuda_graph": False}),
+    "no-kernels": ("model", {"kernels": False}),
     "recompute-on": ("model", {"recompute": "on"}),
     "recompute-off": ("model", {"recompute": "off"}),
 }
@@ -87,7 +87,7 @@ class Ours:
     def is_as_named(self) -> bool:
         """False where a graph was wanted and could not be captured: after warm-up."""
         train = self._step.config.train
-        return self._step.device.type != "cuda" or self._graph.captured == (train.cuda_graph == "on")
+        return self._step.device.type != "cuda" or self._graph.captured == train.cuda_graph
 
     def drawn(self) -> Draws:
         """What the last step was taken on: by the definition, unless PyTorch has drawn."""

@@ -36,7 +36,7 @@ def open_store(config: RunConfig) -> LatentStore:
     _, height, width = store.manifest.shape
     if height != width:
         raise ConfigError(f"data.path: {store.path} holds {height} x {width} images; allowed square ones")
-    if config.data.check == "on":
+    if config.data.check:
         check_scale(store)
     return store
 
@@ -109,7 +109,7 @@ def computing(config: RunConfig) -> dict[str, Any]:
     """Arguments of ``create_model`` that say how the model computes, and not what."""
     model = config.model
     return {
-        "kernels": model.kernels == "on",
+        "kernels": model.kernels,
         "residual": torch.bfloat16 if model.residual == "bf16" else torch.float32,
         "recompute": {"auto": None, "on": True, "off": False}[model.recompute],
     }

@@ -18,7 +18,8 @@ from erd_fast.models import MODELS
 from erd_fast.training.tracking import Track
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Switch = Literal["on", "off"]
+SWITCH = {"on": True, "off": False, "true": True, "false": False}
+"""How booleans may be written, in any case; YAML itself has these words for them."""
 LrSchedule = Literal["constant", "cosine"]
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class TrainConfig:
     tf32 is fp32 with TensorFloat-32 products on a GPU."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """In which gradients are summed over ranks; bf16 halves what they send, and rounds."""
-    cuda_graph: Switch = "on"
+    cuda_graph: bool = True
     """On a GPU the whole step as one CUDA graph; off launches kernel by kernel, with the same numbers."""
     deterministic: bool = False
     """Refuse operations whose result can differ between two runs on one machine."""
@@ -67,8 +68,7 @@ class TrainConfig:
         _one_of("train.precision", self.precision, get_args(Precision))
         _one_of("train.reduce_dtype", self.reduce_dtype, ("fp32", "bf16"))
         _one_of("train.track", self.track, get_args(Track))
-        _on_off(self, "cuda_graph")
-        _one_of("train.cuda_graph", self.cuda_graph, get_args(Switch))
+        _booleans("train", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +81,13 @@ class DataConfig:
     """resident: a copy on the device; mmap: rows read ahead from the files; dali: the same by NVIDIA DALI
     (pip install 'erd-fast[dali]'); auto: resident if there is room, else mmap."""
 
-    check: Switch = "on"
+    check: bool = True
     """Look at some rows before training: numbers that are not finite, or whose std after scaling is far from 1, are
     refused; off trains on them."""
 
     def __post_init__(self) -> None:
-        _on_off(self, "check")
+        _booleans("data", self)
         _one_of("data.loader", self.loader, get_args(Loader))
-        _one_of("data.check", self.check, get_args(Switch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class ModelConfig:
     depth: int | None = None
     num_heads: int | None = None
     patch_size: int | None = None
-    kernels: Switch = "on"
+    kernels: bool = True
     """The fused ops of the transformers; off is plain PyTorch, to compare with."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """The residual stream between the fused ops; bf16 halves its traffic and loses digits."""
@@ -111,9 +110,10 @@ class ModelConfig:
     """Make normalised inputs and GELU's outputs again in the backward pass, not keep them; auto is on a GPU."""
 
     def __post_init__(self) -> None:
-        _on_off(self, "kernels", "recompute")
+        _booleans("model", self)
+        if isinstance(self.recompute, bool):  # YAML's on and off
+            object.__setattr__(self, "recompute", "on" if self.recompute else "off")
         _one_of("model.name", self.name, MODELS)
-        _one_of("model.kernels", self.kernels, get_args(Switch))
         _one_of("model.residual", self.residual, ("fp32", "bf16"))
         _one_of("model.recompute", self.recompute, ("auto", "on", "off"))
         for name, value in self.overrides().items():
@@ -178,6 +178,7 @@ class DiffusionConfig:
             "diffusion.gamma", self.gamma, takes_gamma, f"none with {self.weighting} (gamma belongs to {with_gamma})"
         )
         _allow("diffusion.k", self.k, self.k == 1.0 or rule.uses_k, f"1 with {self.weighting} (k belongs to p2)")
+        _booleans("diffusion", self)
         weight_sampled = self.t_sampler == "weight" and self.importance_correct
         _allow("diffusion.importance_correct", True, not weight_sampled, "False with t_sampler weight")
 
@@ -333,6 +334,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if hint is bool:
+        return value if isinstance(value, bool) else SWITCH.get(str(value).lower(), value)  # the section checks it
     if type(value) is not hint:
         raise ConfigError(f"{where}: given {value!r}, allowed a value of type {hint.__name__}")
     return value
@@ -343,11 +346,10 @@ def _allow(field: str, given: Any, right: bool, allowed: str) -> None:
         raise ConfigError(f"{field}: given {given!r}, allowed {allowed}")
 
 
-def _on_off(config: Any, *names: str) -> None:
-    """YAML makes true and false of on and off; back again."""
-    for name in names:
-        if isinstance(value := getattr(config, name), bool):
-            object.__setattr__(config, name, "on" if value else "off")
+def _booleans(section: str, config: Any) -> None:
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, bool) and not isinstance(given := getattr(config, field.name), bool):
+            raise ConfigError(f"{section}.{field.name} must be on or off (true or false), got {given!r}")
 
 
 def _at_least(section: str, config: Any, **limits: float) -> None:

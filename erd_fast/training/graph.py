@@ -30,7 +30,7 @@ class StepGraph:
     def __init__(self, step: TrainStep):
         self._step = step
         on_gpu = step.device.type == "cuda"
-        self._wanted = on_gpu and step.config.train.cuda_graph == "on"
+        self._wanted = on_gpu and step.config.train.cuda_graph
         self._eager_left = _WARM_UP_REPLICATED if step.ranks.size > 1 else _WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ends: deque[torch.cuda.Event] = deque()  # of the steps that the device may not have taken yet

@@ -108,8 +108,8 @@ def test_a_fault_is_named_by_the_check_and_refused_in_training(tmp_path, tiny, c
 
 def test_training_goes_on_where_it_is_told_to(tmp_path, tiny):
     store = _store(tmp_path / "store", _latents(), scale=())
-    train(tiny(train={"steps": 1}, data={"path": str(store.path), "check": "off"}), tmp_path / "run")
-    train(tiny(train={"steps": 2}, data={"path": str(store.path), "check": "off"}), tmp_path / "run")
+    train(tiny(train={"steps": 1}, data={"path": str(store.path), "check": False}), tmp_path / "run")
+    train(tiny(train={"steps": 2}, data={"path": str(store.path), "check": False}), tmp_path / "run")
     with pytest.raises(DataError, match="std after scaling"):
         train(tiny(train={"steps": 3}, data={"path": str(store.path)}), tmp_path / "run")
 

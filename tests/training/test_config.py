@@ -31,7 +31,7 @@ def _load(folder: Path, text: str, base: RunConfig | None = None) -> RunConfig:
         ("train.label_drop", float("nan"), "0 to 1"),
         ("train.precision", "fp8", "fp32, tf32, bf16, fp16"),
         ("train.reduce_dtype", "fp16", "fp32, bf16"),
-        ("train.cuda_graph", "yes", "on, off"),
+        ("train.cuda_graph", "yes", "on or off (true or false), got 'yes'"),
         ("train.track", "mlflow", "none, tensorboard, wandb"),
         ("train.log_every", 0, "1 or more"),
         ("train.save_every", -1, "0 or more"),
@@ -43,7 +43,7 @@ def _load(folder: Path, text: str, base: RunConfig | None = None) -> RunConfig:
         ("model.depth", 0, "1 or more"),
         ("model.num_heads", 0, "1 or more"),
         ("model.patch_size", -2, "1 or more"),
-        ("model.kernels", "of", "did you mean 'off'?"),
+        ("model.kernels", "of", "on or off (true or false), got 'of'"),
         ("model.residual", "fp16", "fp32, bf16"),
         ("model.recompute", "never", "auto, on, off"),
         ("diffusion.schedule", "cosin", "did you mean 'cosine'?"),
@@ -177,7 +177,7 @@ def test_yaml_replaces_the_fields_it_names_alone(tmp_path, tiny):
         ("train: {steps: '3'}", r"train.steps: given '3', allowed a value of type int"),
         ("train: {steps: true}", r"train.steps: given True, allowed a value of type int"),
         ("train: {steps: }", r"train.steps: given None, allowed a value of type int"),
-        ("train: {deterministic: 1}", r"train.deterministic: given 1, allowed a value of type bool"),
+        ("train: {deterministic: 1}", r"train.deterministic must be on or off \(true or false\), got 1"),
         ("train: {label_drop: much}", r"train.label_drop: given 'much', allowed a value of type float"),
         ("train: {label_drop: true}", r"train.label_drop: given True, allowed a value of type float"),
         ("train: {precision: 16}", r"train.precision: .*allowed: fp32, tf32, bf16, fp16"),
@@ -217,17 +217,17 @@ OTHER = {
     "train.keep_checkpoints": 3,
     "train.sample_every": 2,
     "train.reduce_dtype": "bf16",
-    "train.cuda_graph": "off",
+    "train.cuda_graph": False,
     "train.track": "wandb",
     "data.path": "elsewhere",
     "data.loader": "mmap",
-    "data.check": "off",
+    "data.check": False,
     "model.name": "DiT-tiny/4",
     "model.hidden_size": 64,
     "model.depth": 2,
     "model.num_heads": 2,
     "model.patch_size": 4,
-    "model.kernels": "off",
+    "model.kernels": False,
     "model.residual": "bf16",
     "model.recompute": "on",
     "diffusion.schedule": "flow",
@@ -259,15 +259,24 @@ FREE |= {"train.cuda_graph", "train.track"}
 FREE |= {"model.kernels", "model.recompute", "train.log_every", "train.save_every", "train.sample_every"}
 
 
-@pytest.mark.parametrize("written", ["on", "off"])
-def test_on_and_off_are_words_though_yaml_has_them_for_booleans(tmp_path, written):
+@pytest.mark.parametrize("written", ["on", "off", "true", "False", "'on'", "'off'"])
+def test_booleans_are_on_or_off_or_true_or_false(tmp_path, written):
+    """Quoted, as a config.yaml of an earlier version has them."""
     config = _load(
         tmp_path,
-        f"model:\n  kernels: {written}\n  recompute: {written}\ntrain: {{cuda_graph: {written}}}\n"
-        f"data: {{check: {written}}}",
+        f"model:\n  kernels: {written}\ntrain: {{cuda_graph: {written}, deterministic: {written}}}\n"
+        f"data: {{check: {written}}}\ndiffusion: {{importance_correct: {written}}}",
     )
-    assert (config.model.kernels, config.model.recompute, config.train.cuda_graph) == (written,) * 3
-    assert config.data.check == written
+    expected = written.strip("'").lower() in ("on", "true")
+    found = (config.model.kernels, config.train.cuda_graph, config.train.deterministic, config.data.check)
+    assert found == (expected,) * 4 and config.diffusion.importance_correct == expected
+    assert _load(tmp_path, config_text(config)) == config
+
+
+@pytest.mark.parametrize("written", ["on", "off", "auto"])
+def test_recompute_is_a_word_though_yaml_has_two_of_them_for_booleans(tmp_path, written):
+    config = _load(tmp_path, f"model: {{recompute: {written}}}")
+    assert config.model.recompute == written
     assert _load(tmp_path, config_text(config)) == config
 
 

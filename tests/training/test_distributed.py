@@ -181,7 +181,7 @@ def test_differing_configurations_are_named_and_nothing_is_written(tmp_path, tin
 def test_more_ranks_than_samples_are_refused(tmp_path, tiny):
     latents = [(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())]
     store = write_store(tmp_path / "store", latents, kind="sample", num_classes=0)
-    config = tiny(data={"path": str(store.path), "check": "off"}, eval={"cfg_scale": 1.0})
+    config = tiny(data={"path": str(store.path), "check": False}, eval={"cfg_scale": 1.0})
     with pytest.raises(AssertionError, match=r"nproc-per-node: given 2 ranks, allowed up to 1, one a sample"):
         run_ranks(2, train, config, tmp_path / "run")
 

@@ -58,14 +58,14 @@ def test_damaged_choices_are_named(tmp_path, tiny, at_step):
 def test_plain_pytorch_and_kernels_train_alike_and_may_take_turns(tmp_path, tiny, training_lines, at_step):
     """The same losses within the percent that `make soak` holds longer runs to, and a run may change in the middle."""
     losses = {}
-    for name in ("on", "off"):
-        train(tiny(model={"kernels": name}), tmp_path / name)
-        assert (OPS["residual_ada_layer_norm"].used is None) == (name == "off")
-        losses[name] = [line["loss"] for line in training_lines(tmp_path / name)]
+    for name in (True, False):
+        train(tiny(model={"kernels": name}), tmp_path / f"kernels-{name}")
+        assert (OPS["residual_ada_layer_norm"].used is None) == (name is False)
+        losses[name] = [line["loss"] for line in training_lines(tmp_path / f"kernels-{name}")]
     at_step(3, terminate)
     with pytest.raises(SystemExit):
         train(tiny(), tmp_path / "turns")
-    train(tiny(model={"kernels": "off"}), tmp_path / "turns")
+    train(tiny(model={"kernels": False}), tmp_path / "turns")
     losses["turns"] = [line["loss"] for line in training_lines(tmp_path / "turns")]
-    assert losses["on"] == pytest.approx(losses["off"], rel=0.01)
-    assert losses["turns"] == pytest.approx(losses["off"], rel=0.01)
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    assert losses["turns"] == pytest.approx(losses[False], rel=0.01)

@@ -196,7 +196,7 @@ def test_low_precision_trains_masters_by_copies_without_autocast(make_step, tiny
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_plain_models_run_in_autocast_on_full_parameters(make_step, tiny, digits, monkeypatch, precision):
-    step = make_step(tiny(train={"precision": precision}, model={"kernels": "off"}))
+    step = make_step(tiny(train={"precision": precision}, model={"kernels": False}))
     seen, forward = [], step.model.forward
     monkeypatch.setattr(
         step.model, "forward", lambda *given: seen.append(torch.get_autocast_dtype("cpu")) or forward(*given)
