@@ -1,19 +1,18 @@
-"""All that is measured on a GPU, in the order of its worth, within a few minutes: ``python bench/run.py gpu``.
+"""Measure everything on a GPU within a few minutes, what matters most first: ``python bench/run.py gpu``.
 
     python bench/run.py gpu --seconds 480 --out DIR       on a machine with a GPU, torch, Triton and pytest
     python bench/run.py gpu --rehearse --out DIR          all of it on a CPU, with tiny sizes
     python bench/run.py gpu --only tests --out DIR        the stages whose name contains this
 
-DIR gets rows.jsonl (each row as it comes), results.json (machine, records, what failed), summary.txt and log.txt.
+DIR must not hold results already. It gets rows.jsonl (each row as it comes), results.json (machine, records, what
+failed), summary.txt and log.txt.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,16 +36,19 @@ from erd_fast.benchmark.step_check import check, witness
 from erd_fast.benchmark.step_ours import IN_FLOAT16, OURS
 from erd_fast.benchmark.timing import captured, interleaved, wall
 from erd_fast.benchmark.workload import Variant
+from erd_fast.errors import ErdFastError
 from erd_fast.files import make_folder, write_json, write_text
+from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import backends, choices
 from erd_fast.training.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480.0
 STEP_SECONDS, OP_SECONDS, MATMUL_SECONDS = 2.0, 0.3, 0.1  # for each variant
-PR_SET_PDEATHSIG = 1
 UNUSABLE = 3
-"""Exit status of a stage that has lost its GPU to an error that stays, so that the rest wants another process."""
+"""Exit status of a stage after a CUDA error that stays: what remains of the stage needs another process."""
+ROOMY = 100 << 30
+"""Bytes of a GPU on which a large model can be compiled while tests run."""
 
 OPS = (
     "ops/draw N=256",
@@ -87,7 +89,7 @@ TESTS = (
 )
 """Files with tests that run on a GPU where there is one."""
 LEFT_OUT = "speed_of_a_copy or more_than_32_bits"
-"""Tests that want the GPU, or 32 GiB of it, for themselves."""
+"""Tests that need the GPU, or 32 GiB of it, to themselves."""
 REHEARSED_TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_grad_norm.py")
 
 Measure = Callable[[Rows], None]
@@ -138,7 +140,7 @@ def plan(rehearse: bool) -> list[list[Part]]:
             step("DiT-XL/2", "compile", 150, warm=True),
             step("DiT-S/2", "compile", 150, warm=True),
         ],
-        [step("DiT-XL/2", "compile", 80)],
+        [step("DiT-XL/2", "compile", 150)],
         [step("DiT-S/2", "compile", 50)],
         [step("DiT-XL/2", "recompute-off", 60)],
         [step("DiT-XL/2", "compile-graphs", 80)],
@@ -156,25 +158,25 @@ def device() -> torch.device:
 
 
 def build_extension(rows: Rows) -> None:
-    """Build the compiled extension in place, for this GPU alone, unless there is one that loads and runs here."""
+    """Build the compiled extension in place, only for this GPU, unless there is one that loads and runs here."""
     needed = device().type
-    reason, built = backends.absence(needed), False
-    if reason is not None:
+    reason, built = "; ".join(backends.absence(needed) or ()), False
+    if reason:
         architecture = "".join(map(str, torch.cuda.get_device_capability())) if needed == "cuda" else ""
         chosen = {"ERD_FAST_CUDA_ARCHS": architecture} if architecture else {"ERD_FAST_CUDA": "0"}
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=os.environ | chosen)
-        code = f"from erd_fast.ops import backends; print(backends.absence({needed!r}) or '')"
-        asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        reason, built = asked.stdout.strip() or None, True
+        code = f"from erd_fast.ops import backends; print('; '.join(backends.absence({needed!r}) or ()))"
+        probe = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        failure = probe.stderr[-500:] or f"loading it ended with exit status {probe.returncode}"
+        reason, built = failure if probe.returncode else probe.stdout.strip(), True
     rows.write("extension", device=needed, built=built, reason=reason)
-    if reason is not None:
+    if reason:
         raise RuntimeError(f"no compiled kernels for {needed}: {reason}")
 
 
 def measure_machine(rows: Rows, *, counts: Iterable[int], seconds: float) -> None:
-    """What the machine is, its copy bandwidth, a square product, and every product of DiT-XL/2's linear layers."""
+    """Copy bandwidth, a square product, and every product of DiT-XL/2's linear layers."""
     on = device()
-    rows.write("machine", **machine())
     write_record(rows, bench_ops.copy(on, seconds))
     write_record(rows, bench_ops.matmul(on, seconds))
     for count in counts:
@@ -202,19 +204,25 @@ def products(
 
 def measure_step(case: StepCase, variant: str, rows: Rows, *, seconds: float, warm: bool = False) -> None:
     """A training step: its row first, then the check, which takes longer. ``warm`` only fills the compiler's caches."""
+    named = {"group": case.group, "case": case.name, "variant": variant}
+    if warm and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < ROOMY:
+        rows.write("warm", **named, skipped="the GPU is too small to compile beside the tests")
+        return
     problem = make_problem(case, device())
     began = time.perf_counter()
     trainer, facts = bench_step.begin(problem, variant)
     ready_s = round(time.perf_counter() - began, 1)
-    named = {"group": case.group, "case": case.name, "variant": variant}
     if warm:
         rows.write("warm", **named, ready_s=ready_s)
         return
     (timing,) = interleaved([bench_step.sampler_of(trainer)], seconds, bench_step.LEAST_RUNS)
     record = bench_step.record_of(case, variant, facts, None, timing, problem.device)
     write_record(rows, record, checked=False, ready_s=ready_s, choices=choices.stored())
+    evidence = witness(trainer)
+    del trainer
+    bench_step.make_room()
     try:
-        off = check(problem, witness(trainer), f"{case.group} {case.name}, {variant}")
+        off = check(problem, evidence, f"{case.group} {case.name}, {variant}")
     except Exception as error:
         rows.write("check", **named, error=shortened(error))
         raise
@@ -222,18 +230,21 @@ def measure_step(case: StepCase, variant: str, rows: Rows, *, seconds: float, wa
 
 
 def measure_ops(wanted: Iterable[str], rows: Rows, *, seconds: float) -> None:
-    """The cases that have no row yet; a variant that is off or fails is noted, and not timed."""
+    """The cases that have not been measured; a variant that is off or fails is noted, and not timed."""
     on = device()
-    known = {f"{row['group']} {row['case']}" for row in rows.read("record", "variant", "case")}
+    known = {f"{row['group']} {row['case']}" for row in rows.read("record", "case")}
     every = {f"{case.group} {case.name}": case for what in ("ops", "attention") for case in bench_ops.cases(what, on)}
     for name in (name for name in wanted if name not in known):
         case = every[name]
+        broken = [row["variant"] for row in rows.read("variant") if f"{row['group']} {row['case']}" == name]
 
         def failed(variant: Variant, error: Exception, case: Any = case) -> None:
             rows.write("variant", group=case.group, case=case.name, variant=str(variant), error=shortened(error))
+            if not usable():  # the other variants are measured by the next process
+                raise SystemExit(UNUSABLE)
 
         try:
-            for record in bench_ops.bench_case(case, on, seconds, compiled=False, failed=failed):
+            for record in bench_ops.bench_case(case, on, seconds, compiled=False, without=broken, failed=failed):
                 write_record(rows, record)
         except Exception as error:
             rows.write("case", group=case.group, case=case.name, error=shortened(error))
@@ -366,8 +377,10 @@ def shorter(used: str) -> str:
 
 def run_stage(part: Part, rows: Rows) -> int:
     """What the process of a stage does."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the runner
+    allow_reduced_precision_reductions(False)  # as training does
     try:
+        if not rows.read("machine"):
+            rows.write("machine", **machine())
         part.measure(rows)
     except Exception as error:
         traceback.print_exc()
@@ -380,6 +393,7 @@ def run_all(folder: Path, rows: Rows, arguments: argparse.Namespace) -> dict[str
     """Run the stages, and write the results after each."""
     # Commands run in the checkout, whether the package is installed or not.
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if arguments.rehearse else {}
     runner = Runner(rows, folder / "log.txt", arguments.seconds, ROOT, environment)
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "gpu", "--out", str(folder)]
     command += ["--rehearse"] * arguments.rehearse
@@ -392,11 +406,18 @@ def run_all(folder: Path, rows: Rows, arguments: argparse.Namespace) -> dict[str
     for parts in plan(arguments.rehearse):
         if chosen := [part for part in parts if arguments.only in part.name]:
             run(chosen)
-    if [row["outcome"] for row in rows.read("stage") if row["stage"] == "ops"] == [
-        f"failed with exit status {UNUSABLE}"
-    ]:
-        run([part for parts in plan(arguments.rehearse) for part in parts if part.name == "ops"])
+    again = [part for parts in plan(arguments.rehearse) for part in parts if part.name == "ops"]
+    failures = -1
+    while lost_the_gpu(rows) and len(rows.read("variant", "case")) > failures:  # each time a failure fewer remains
+        failures = len(rows.read("variant", "case"))
+        run(again)
     return results(rows, arguments.commit)
+
+
+def lost_the_gpu(rows: Rows) -> bool:
+    """Whether the last process of the ops ended with a CUDA error that stays."""
+    outcomes = [row["outcome"] for row in rows.read("stage") if row["stage"] == "ops"]
+    return outcomes[-1:] == [f"failed with exit status {UNUSABLE}"]
 
 
 def main(given: list[str]) -> int:
@@ -404,7 +425,8 @@ def main(given: list[str]) -> int:
         prog="bench/run.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all stages together ({SECONDS:.0f})")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="folder for the four files (out/gpu)")
+    default = ROOT / "out" / "gpu" / time.strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--out", type=Path, default=default, help="folder for the four files (out/gpu/DATE-TIME)")
     parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with tiny sizes")
     parser.add_argument("--only", default="", metavar="TEXT", help="run the stages whose name contains TEXT")
     parser.add_argument("--commit", default="", help="commit of the sources, where there is no .git")
@@ -419,9 +441,15 @@ def main(given: list[str]) -> int:
         parser.error("no CUDA device is visible to PyTorch; --rehearse runs the stages on a CPU")
     if not any(arguments.only in name for name in named):
         parser.error(f"--only must be part of a stage's name, got {arguments.only!r}; stages: {', '.join(named)}")
-    make_folder(folder)
-    for name in ("rows.jsonl", "results.json", "summary.txt", "log.txt"):
-        (folder / name).unlink(missing_ok=True)
+    if not arguments.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {arguments.seconds}")
+    try:
+        make_folder(folder)
+        (folder / "rows.jsonl").touch(exist_ok=False)  # of two runs at once only one passes here
+    except FileExistsError:
+        parser.error(f"--out must be a folder without results, got {arguments.out}, which holds rows.jsonl")
+    except ErdFastError as error:
+        parser.error(f"--out: {error}")
     with stopped_by_signals():
         found = run_all(folder, rows, arguments)
     text = summary(found)

@@ -1,7 +1,7 @@
 """Measure on this machine, as make does: ``python bench/run.py ops|attention|step|data``.
 
-Results go to ``bench/results/<machine>/<part>.json``, and a short table comes last. ``python bench/run.py gpu --help``:
-all that a GPU is wanted for, within a few minutes.
+Results go to ``bench/results/<machine>/<part>.json``, and a short table comes last. ``python bench/run.py gpu --help``
+explains how to measure everything on a GPU within a few minutes.
 """
 
 import argparse

@@ -156,11 +156,13 @@ def _load(source: str, download: bool) -> Any:
         folder = folder if (folder / "config.json").is_file() else folder / "vae"
         if not (folder / "config.json").is_file():
             raise DataError(
-                f"vae: {source} has no config.json, allowed the folder of an AutoencoderKL or of a pipeline"
+                f"vae must be the folder of an AutoencoderKL or of a pipeline, got {source}, which has no config.json"
             )
         return _loaded(diffusers, source, str(folder), local_files_only=True)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise DataError(f"vae must be a folder or an ID of the Hugging Face hub such as owner/name, got {source}")
+        raise DataError(
+            f"vae must be a folder that exists or an ID of the Hugging Face hub such as owner/name, got {source}"
+        )
     if download:
         return _loaded(diffusers, source, source)
     return _loaded(diffusers, source, _cached(source), local_files_only=True)

@@ -63,6 +63,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.unlink(missing_ok=True)  # of a killed process of this number
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
@@ -100,7 +101,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.iterdir()):
             file.chmod(partial.stat().st_mode & 0o666)
         try:
             _rename_whole(partial, path)

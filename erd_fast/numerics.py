@@ -1,4 +1,5 @@
-"""PyTorch's process-wide numeric switches: TensorFloat-32, reductions of products, deterministic cuDNN."""
+"""PyTorch's process-wide numeric switches (TensorFloat-32, reductions of products, deterministic cuDNN), and how it
+reports that memory is full."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,3 +36,10 @@ def float32_products(*, tf32: bool, deterministic: bool = False) -> Iterator[Non
     finally:
         torch.set_float32_matmul_precision(before[0])
         cudnn.allow_tf32, cudnn.deterministic = before[1:]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is full: libraries and graphs allocate too, and have no exception of their own for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))

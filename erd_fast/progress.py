@@ -33,7 +33,7 @@ def progress_bar(total: int | None, **how: Any) -> "tqdm[Any]":
             fields = super().format_dict
             passed, done = fields["elapsed"], self.n - self.initial
             rate = fields["rate"] or (done / passed if passed else 0.0)
-            left = duration((self.total - self.n) / rate) if self.total and rate else "?"
+            left = duration(max(0.0, self.total - self.n) / rate) if self.total and rate else "?"
             return {**fields, "passed": duration(passed), "left": left}
 
     return Bar(total=total, bar_format=_COUNTER if total is None else _BAR, **how)

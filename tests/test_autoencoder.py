@@ -90,11 +90,11 @@ def _without_weights(given: Path, folder: Path) -> str:
 VAES = {
     "absent": (
         lambda given, folder: str(folder),
-        "vae must be a folder or an ID of the Hugging Face hub .*, got ",
+        "vae must be a folder that exists or an ID of the Hugging Face hub .*, got ",
     ),
     "empty": (
         lambda given, folder: folder.mkdir() or str(folder),
-        "vae has no config.json, allowed the folder of an AutoencoderKL or of a pipeline",
+        "vae must be the folder of an AutoencoderKL or of a pipeline, got .*, which has no config.json",
     ),
     "another model": (
         lambda given, folder: _altered(given, folder, _class_name="UNet2DModel"),

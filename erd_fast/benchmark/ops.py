@@ -8,7 +8,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -104,13 +104,20 @@ class _Prepared(NamedTuple):
 
 
 def bench_case(
-    case: Case, device: torch.device, seconds: float, *, compiled: bool = True, failed: Failed | None = None
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    *,
+    compiled: bool = True,
+    without: Collection[str] = (),
+    failed: Failed | None = None,
 ) -> Iterator[Record]:
     """Check all variants of a case, then time them in turn. What does not run here is named and left out, and so is a
     baseline or another project's backend that gives something else; ours that does ends the run.
 
     Args:
         compiled: with the baselines that torch.compile makes.
+        without: variants that are left out, by their text.
         failed: called with every variant that fails, and why; nothing ends the run then.
     """
     torch.compiler.reset()  # code that was compiled for eight other sizes would run uncompiled from here on
@@ -122,7 +129,7 @@ def bench_case(
         return
     prepared: dict[Variant, _Prepared] = {}
     for variant in variants_of(case, device):
-        if variant.name.startswith("compile") and not compiled:
+        if str(variant) in without or (variant.name.startswith("compile") and not compiled):
             continue
         try:
             prepared[variant] = _prepare(case, workload, variant, expected, device)

@@ -4,17 +4,22 @@ A stage that raises, hangs or is killed costs only itself. Whenever the whole is
 """
 
 import contextlib
+import ctypes
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_POLL_S = 0.05
+_POLL_S, _DEATH_S = 0.05, 5.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 class Rows:
@@ -24,21 +29,32 @@ class Rows:
         self._file = file
 
     def write(self, kind: str, **facts: Any) -> None:
-        """Append a row. It is on disk when this returns. Numbers that are not finite become null."""
-        line = json.dumps({"kind": kind, "time": round(time.time(), 1), **_finite(facts)}, default=str) + "\n"
-        handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        """Append a row. It is on disk when this returns. Numbers that are not finite become null.
+
+        Raises:
+            OSError: the disk is full, or the file may not be written.
+        """
+        line = json.dumps({"kind": kind, "time": round(time.time(), 1), **_finite(facts)}, default=str).encode() + b"\n"
+        handle = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(handle, line.encode())  # in one piece, so that rows of several processes do not mix
+            size = os.fstat(handle).st_size
+            if size and os.pread(handle, 1, size - 1) != b"\n":  # a writer was stopped in the middle of its row
+                line = b"\n" + line
+            if os.write(handle, line) < len(line):  # in one piece, so that rows of several processes do not mix
+                raise OSError(f"{self._file}: no space left for a row")
             os.fsync(handle)
         finally:
             os.close(handle)
 
     def read(self, *kinds: str) -> list[dict[str, Any]]:
-        """The rows of these kinds, or all; without a last line that a kill cut off."""
+        """The rows of these kinds, or all; without lines that were cut off."""
         if not self._file.exists():
             return []
-        lines = self._file.read_bytes().split(b"\n")[:-1]
-        return [row for row in map(json.loads, lines) if not kinds or row["kind"] in kinds]
+        found = []
+        for line in self._file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [row for row in found if not kinds or row["kind"] in kinds]
 
 
 def _finite(value: Any) -> Any:
@@ -95,11 +111,15 @@ class Runner:
         """Run ``stages`` at the same time, and wait until all have ended or were killed at their limit."""
         if self.left < self._least:
             for stage in stages:
-                self._rows.write("stage", stage=stage.name, outcome="no time left", seconds=0.0)
+                self._note(stage, "no time left", 0.0)
             return
         running: list[_Running] = []
         try:
-            running += map(self._begin, stages)
+            for stage in stages:
+                try:
+                    running.append(self._begin(stage))
+                except OSError as error:
+                    self._note(stage, f"did not start: {error}", 0.0)
             while running:
                 running = [one for one in running if not self._ended(one)]
                 time.sleep(_POLL_S)
@@ -119,6 +139,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # so that what a stage starts is killed with it
+                preexec_fn=functools.partial(_die_with, os.getpid()),
             )
         return _Running(stage, process, time.monotonic())
 
@@ -130,19 +151,38 @@ class Runner:
                 return False
             outcome = f"killed at its limit of {min(passed, one.stage.limit):.0f} s"
         elif code < 0:
-            outcome = f"killed by {signal.Signals(-code).name}"
+            known = -code in signal.valid_signals() and not signal.SIGRTMIN < -code < signal.SIGRTMAX
+            outcome = f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
         else:
             outcome = "ok" if code == 0 else f"failed with exit status {code}"
-        _kill(one.process)  # also what it left running
-        self._rows.write("stage", stage=one.stage.name, outcome=outcome, seconds=round(passed, 1))
+        if not _kill(one.process):  # also what it left running
+            outcome += ", and has not ended yet"
+        self._note(one.stage, outcome, passed)
         return True
 
+    def _note(self, stage: Stage, outcome: str, seconds: float) -> None:
+        try:
+            self._rows.write("stage", stage=stage.name, outcome=outcome, seconds=round(seconds, 1))
+        except OSError as error:  # what follows may still print
+            print(f"{stage.name}: {outcome} ({error})", file=sys.stderr)
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a stage and what it has started."""
+
+def _die_with(parent: int) -> None:
+    """In a new process, before its program starts: be killed when the runner ends, however that ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> bool:
+    """Kill a stage and what it has started; whether it has ended. A call of a GPU's driver can hold it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        process.wait(_DEATH_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 @contextlib.contextmanager

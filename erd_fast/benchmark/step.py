@@ -22,6 +22,7 @@ from erd_fast.benchmark.step_ours import OURS, Ours, ablations
 from erd_fast.benchmark.timing import Sampler, Timing, interleaved, wall
 from erd_fast.errors import BackendUnavailableError, RunError
 from erd_fast.models import model_flops
+from erd_fast.numerics import is_out_of_memory
 from erd_fast.ops import OPS
 
 SECONDS = 5.0
@@ -87,7 +88,7 @@ def bench_case(
     """Check and time every variant of a case. What does not run here is named and left out, and so is a baseline that
     computes something else; ours that does ends the run."""
     measure = _at_largest_batch if case.largest else _at_one_batch
-    _make_room()
+    make_room()
     yield from measure(case, make_problem(case, device), seconds, late)
 
 
@@ -112,7 +113,7 @@ def _at_one_batch(case: StepCase, problem: Problem, seconds: float, late: Late) 
             continue
         yield from _timed(case, problem, ready, seconds)
         ready.clear()
-        _make_room()
+        make_room()
     yield from _timed(case, problem, ready, seconds)
 
 
@@ -136,7 +137,7 @@ def _join(
         ready[name] = _Ready(trainer, facts, check(problem, witness(trainer), _where(case, name)))
         return "ready" if alone or _undisturbed(ready) else "crowded"
     except Exception as error:
-        if not alone and _is_out_of_memory(error):
+        if not alone and is_out_of_memory(error):
             return "crowded"
         if not _may_fail(problem, name, error):
             raise
@@ -178,7 +179,7 @@ def _at_largest_batch(case: StepCase, problem: Problem, seconds: float, late: La
         if late(f"  {name}"):
             continue
         record = _alone(case, problem, name, seconds)
-        _make_room()
+        make_room()
         if record is not None:
             yield record
 
@@ -194,7 +195,7 @@ def _alone(case: StepCase, problem: Problem, name: str, seconds: float) -> Recor
         evidence = witness(trainer)
         (timing,) = interleaved([sampler_of(trainer)], seconds, LEAST_RUNS)
         del trainer
-        _make_room()
+        make_room()
         off = check(sized, evidence, f"{_where(case, name)} at N={size}")
     except Exception as error:
         if not _may_fail(problem, name, error):
@@ -219,11 +220,11 @@ def _fits(problem: Problem, name: str) -> bool:
         begin(problem, name)
         return True
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:
-        _make_room()
+        make_room()
 
 
 def begin(problem: Problem, name: str) -> tuple[Trainer, Facts]:
@@ -244,24 +245,17 @@ def begin(problem: Problem, name: str) -> tuple[Trainer, Facts]:
 
 
 def sampler_of(trainer: Trainer) -> Sampler:
-    """Steps in a row, between which nobody waits for a GPU."""
+    """Consecutive steps without synchronisation between them."""
     return wall([trainer.step], _SAMPLE_SECONDS)
 
 
 def _may_fail(problem: Problem, name: str, error: Exception) -> bool:
     """Ours may not, but for what is not here or does not fit."""
-    absent = isinstance(error, BackendUnavailableError) or _is_out_of_memory(error)
+    absent = isinstance(error, BackendUnavailableError) or is_out_of_memory(error)
     return absent or name in baselines(problem.device)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Libraries and graphs allocate too, and have no exception for it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))
-
-
-def _make_room() -> None:
+def make_room() -> None:
     """Where nothing is held, drop compiled code and its graphs too."""
     torch.compiler.reset()
     _give_back()

@@ -89,6 +89,7 @@ def witness(trainer: Trainer) -> Evidence:
     taken, decay, *kept = _state(trainer)
     before = State(taken, decay, *map(_on_host, kept))
     for _ in range(_MOST_SKIPPED):
+        scale = _loss_scale(trainer)
         loss = trainer.step().to("cpu", copy=True)
         after = _state(trainer)
         if after.taken > taken:
@@ -98,7 +99,7 @@ def witness(trainer: Trainer) -> Evidence:
         Draws(*(tensor.cpu() for tensor in trainer.drawn())),
         before,
         loss,
-        *_gradients(trainer),
+        *_gradients(trainer, scale),
         _on_host(after.values),
         _on_host(after.averages),
         {name: p.detach().to("cpu", copy=True) for name, p in parameters if p.dtype != torch.float32},
@@ -191,12 +192,17 @@ def _clipping(gradients: Named, clip: float) -> float:
     return min(1.0, clip / (norm + _CLIP_EPS))
 
 
-def _gradients(trainer: Trainer) -> tuple[Named, bool]:
-    """The gradients of the loss as the step left them, and whether they are clipped by now."""
+def _loss_scale(trainer: Trainer) -> float:
+    """What the next step multiplies its loss by and leaves in the gradients."""
+    optimizer = trainer.optimizer
+    return 1.0 if isinstance(optimizer, TorchOptimizer) else float(optimizer.loss_scale)
+
+
+def _gradients(trainer: Trainer, scale: float) -> tuple[Named, bool]:
+    """The gradients of the loss as a step left them, times ``scale``; and whether they are clipped by now."""
     optimizer = trainer.optimizer
     if isinstance(optimizer, TorchOptimizer):  # which has divided them by the loss scale
         return _on_host({name: p.grad for name, p in optimizer.masters.items() if p.grad is not None}), True
-    scale = float(optimizer.loss_scale)
     found = _on_host({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
     return {name: gradient / scale for name, gradient in found.items()}, False
 

@@ -1,7 +1,6 @@
 """The manifest of a latent store: what its numbers mean, as a JSON file that is checked field by field."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -117,18 +116,24 @@ def _check_manifest(manifest: Manifest, file: Path) -> None:
     check("count", manifest.count == total and total > 0, f"the sum of the shards' counts, {total}, at least 1")
     for field in ("scale", "shift"):
         given = getattr(manifest, field)
-        check(field, isinstance(given, tuple) and all(map(_is_finite, given)), "a list of numbers")
+        check(field, are_numbers(given), "a list of numbers")
         check(field, len(given) in (0, shape[0]), f"one number for each of {shape[0]} channels, or none")
         check(field, not (given and manifest.kind == "pixels"), "none for pixels, which become -1 to 1")
     for field in ("vae", "vae_source"):
         check(field, isinstance(getattr(manifest, field), str), "text")
-    limits = manifest.pixel_range
-    is_range = isinstance(limits, tuple) and len(limits) == 2 and all(map(_is_finite, limits)) and limits[0] < limits[1]
-    check("pixel_range", is_range, "two numbers, the smaller one first")
+    check("pixel_range", is_range(manifest.pixel_range), "two numbers, the smaller one first")
     check("class_names", isinstance(manifest.class_names, tuple), "a list of names")
     names = len(manifest.class_names)
     check("class_names", names in (0, manifest.num_classes), f"{manifest.num_classes} names or none")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def are_numbers(value: Any) -> bool:
+    """Whether a JSON value is a list of finite numbers that float32 can hold."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, int | float) and abs(item) <= torch.finfo(torch.float32).max for item in value
+    )
+
+
+def is_range(value: Any) -> bool:
+    """Whether a JSON value is two numbers, the smaller one first."""
+    return are_numbers(value) and len(value) == 2 and value[0] < value[1]

@@ -39,7 +39,9 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
     """Run ops on named backends within a ``with`` block: ``use_backend("triton")`` for all ops that have it,
     ``use_backend(q_sample="cpu", draw="reference")`` or ``use_backend("q_sample=cpu,draw=reference")`` for single ones.
 
-    The block's choice replaces that of ``ERD_FAST_BACKEND``; ``auto`` is a name too.
+    The block's choice replaces that of ``ERD_FAST_BACKEND``; ``auto`` is a name too. A backward pass runs on the
+    backend of its forward pass in any thread. A forward pass that torch.utils.checkpoint recomputes on a GPU runs in a
+    thread of autograd, which knows the variable but not the block; ``context_fn`` of checkpoint can enter it there.
 
     Raises:
         ConfigError: unknown backend or op.
@@ -55,7 +57,8 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
 def asked_for(op: str, has: tuple[str, ...]) -> str | None:
     """The backend named for ``op``, which has the backends ``has``; None is auto.
 
-    torch.compile traces this: a graph has the name as a constant, and another ``use_backend`` block recompiles.
+    torch.compile traces this: a graph has the name as a constant. Another ``use_backend`` block recompiles; the
+    environment variable is read once per graph.
     """
     choice = _chosen.get()
     return _named_by_environment(op, has) if choice is None else _named(choice, op, has)

@@ -115,9 +115,8 @@ class Op:
 
     def __call__(self, *args: Any) -> Outputs:
         if torch.compiler.is_compiling():
-            # A requested name is a constant of both graphs: the backward graph may run in a thread that does not know
-            # the request. Without one the op chooses when the graph runs.
-            return self.forward.registered(*args, asked_for(self.name, self.backends) or "")
+            # The request is a constant of both graphs: the backward graph may run in a thread that does not know it.
+            return self.forward.registered(*args, asked_for(self.name, self.backends) or "auto")
         if explaining.get():
             raise ReachedError(self, args)
         backend = self.choose(*args)
@@ -132,7 +131,7 @@ class Op:
         return self.run(self.forward, *args, backend)
 
     def differentiate(self, *args: Any, backend: str) -> Outputs:
-        """The backward pass, on the backend of the forward pass ("" within torch.compile)."""
+        """The backward pass, on the backend of the forward pass ("auto" within torch.compile)."""
         assert self.backward is not None
         if torch.compiler.is_compiling() or dispatched(args):
             return self.backward.registered(*args, backend)
@@ -184,9 +183,10 @@ class Op:
         return None if reason is None else (reason, "take another backend for this call")
 
     def run(self, direction: Pass, *args: Any) -> Outputs:
-        """Run a pass, with the schema's arguments and the backend's name; "" is still to be chosen."""
+        """Run a pass, with the schema's arguments and the backend's name; "auto" is still to be chosen."""
         *inputs, backend = args
-        backend = backend or self._own_choice(direction, inputs)
+        if backend == "auto":
+            backend = next(name for name in self.candidates(direction, inputs) if name not in self.libraries)
         try:
             return self._run_on(direction, backend, tuple(inputs))
         except Exception as error:
@@ -207,13 +207,6 @@ class Op:
         would run different kernels, and a fault of a kernel would show as a slow step."""
         remedy = "" if backend == "reference" else f"; ERD_FAST_BACKEND={self.name}=reference selects PyTorch's"
         error.add_note(f"erd_fast: the {direction.direction} pass of {self.name} failed on backend {backend}{remedy}")
-
-    def _own_choice(self, direction: Pass, inputs: Sequence[Any]) -> str:
-        """As :meth:`choose`, of backends that run in a registered op: no libraries."""
-        named = asked_for(self.name, self.backends)
-        if named is not None and named not in self.libraries:
-            return self.choose(*inputs) if direction is self.forward else named
-        return next(name for name in self.candidates(direction, inputs) if name not in self.libraries)
 
     def _run_on(self, direction: Pass, backend: str, inputs: tuple[Any, ...]) -> Outputs:
         self._note(backend)
@@ -337,7 +330,7 @@ def _register(op: Op, direction: Pass) -> None:
     full = direction.schema.replace(") ->", ", str backend) ->", 1)
 
     def run(*args: Any) -> Outputs | None:
-        if direction is op.forward and args[-1]:  # a name that was requested while a graph was traced
+        if direction is op.forward and args[-1] != "auto":  # a name that was requested while a graph was traced
             op.require(args[-1], *args[:-1])
         return op.run(direction, *args) or None
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from erd_fast.data.manifest import are_numbers, is_range
 from erd_fast.errors import DataError
 from erd_fast.files import new_folder, read_json, write_json
 from erd_fast.training.step import TrainStep
@@ -86,9 +87,27 @@ def load_state(path: Path) -> CheckpointState:
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version {version}; this version of erd-fast reads {FORMAT_VERSION}")
     try:
-        return CheckpointState(**content)
+        state = CheckpointState(**content)
     except TypeError as error:
         raise DataError(f"{path / 'state.json'}: {error}") from error
+    _check_decoding(state, path / "state.json")
+    return state
+
+
+def _check_decoding(state: CheckpointState, file: Path) -> None:
+    """What samples are decoded by. Raises DataError naming the field."""
+    channels = state.model.get("in_channels") if isinstance(state.model, dict) else None
+    for field, right, allowed in (
+        ("vae", isinstance(state.vae, str), "text"),
+        ("vae_source", isinstance(state.vae_source, str), "text"),
+        ("pixel_range", is_range(state.pixel_range), "two numbers, the smaller one first"),
+        *(
+            (field, are_numbers(given) and len(given) in (0, channels), f"{channels} numbers or none")
+            for field, given in (("scale", state.scale), ("shift", state.shift))
+        ),
+    ):
+        if not right:
+            raise DataError(f"{file}: {field} must be {allowed}, got {getattr(state, field)!r}")
 
 
 def load_weights(path: Path, model: nn.Module, ema: bool = True) -> None:

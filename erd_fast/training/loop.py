@@ -16,6 +16,7 @@ from erd_fast.data import Batch, LatentStore, open_reader
 from erd_fast.errors import ConfigError, ErdFastError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
+from erd_fast.numerics import is_out_of_memory
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
 from erd_fast.ops.backends import absence
 from erd_fast.progress import duration, progress_bar
@@ -289,7 +290,9 @@ class _Run:
         with self.graph.memory():
             try:
                 write_preview(self.config, self.step, self.store, self.decode, path)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 tqdm.write(f"no preview at step {self.done}: the GPU's memory is full ({str(error).splitlines()[0]})")
 
     def _judge(self) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -309,6 +310,31 @@ def test_a_case_that_was_measured_or_failed_is_not_measured_again(gpu, tmp_path,
         "ops/draw N=8",
         "ops/diffusion_loss N=8",
     }
+
+
+def test_a_gpu_that_is_lost_costs_only_the_variant_that_lost_it(gpu, tmp_path, monkeypatch):
+    """The stage ends with that variant noted, and the next process measures the rest of the case."""
+    rows, body, lost = Rows(tmp_path / "rows.jsonl"), OPS["diffusion_loss"].forward.body, []
+
+    def illegal(*args: Any) -> Any:
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "usable", lambda: not lost)
+    monkeypatch.setattr(OPS["diffusion_loss"].forward, "body", illegal)
+    cases = ("ops/diffusion_loss N=8", "ops/draw N=8")
+    with pytest.raises(SystemExit) as ended:
+        gpu.measure_ops(cases, rows, seconds=0.001)
+    rows.write("stage", stage="ops", outcome=f"failed with exit status {ended.value.code}")
+    assert gpu.lost_the_gpu(rows) and not rows.read("record")
+    assert [row["variant"] for row in rows.read("variant")] == ["reference"]
+    monkeypatch.setattr(OPS["diffusion_loss"].forward, "body", body)
+    lost.clear()
+    gpu.measure_ops(cases, rows, seconds=0.001)
+    rows.write("stage", stage="ops", outcome="ok")
+    measured = {(f"{row['group']} {row['case']}", row["backend"]) for row in rows.read("record")}
+    assert {name for name, _ in measured} == set(cases) and ("ops/diffusion_loss N=8", "reference") not in measured
+    assert not gpu.lost_the_gpu(rows)
 
 
 def test_a_variant_that_is_wrong_is_noted_and_the_others_are_timed(gpu, tmp_path, monkeypatch):

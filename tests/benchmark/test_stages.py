@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,27 @@ def test_no_stage_runs_when_the_time_is_over(rows, tmp_path):
     assert re.fullmatch(r"killed at its limit of 3 s", found["hangs"])
 
 
-def test_rows_take_numbers_that_are_not_finite_and_lose_a_line_cut_off(rows, tmp_path):
+def test_rows_take_numbers_that_are_not_finite_and_lose_only_a_line_cut_off(rows, tmp_path):
     rows.write("x", a=float("nan"), b=[1.0, float("inf")], c={"d": float("-inf")}, e=Path("f"))
     (row,) = rows.read()
     assert (row["a"], row["b"], row["c"], row["e"]) == (None, [1.0, None], {"d": None}, "f")
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"kind": "x", "half')
     assert rows.read("x") == [row] and rows.read("y") == []
+    rows.write("y", after=1)
+    rows.write("y", after=2)
+    assert rows.read("x") == [row] and [found["after"] for found in rows.read("y")] == [1, 2]
+
+
+def test_a_command_that_is_not_there_and_an_unnamed_signal_cost_only_their_stage(rows, tmp_path):
+    found = run(
+        rows,
+        tmp_path,
+        [Stage("missing", ["/nowhere/at/all"], 5.0), stage("beside it", "rows.write('x')")],
+        [stage("real time", "import os; os.kill(os.getpid(), 40)")],
+    )
+    assert found["missing"].startswith("did not start: ") and found["beside it"] == "ok" and rows.read("x")
+    assert found["real time"] == "killed by signal 40"
 
 
 def bench_gpu(out: Path, *arguments: str, **how: Any) -> "subprocess.Popen[str]":
@@ -126,29 +141,69 @@ def test_the_stages_of_a_gpu_leave_a_summary_and_a_result_that_tables_read(tmp_p
     assert [row["stage"] for row in found["stages"]] == ["step erd-fast fp16"]
     assert [row["variant"] for row in found["records"]] == ["erd-fast fp16"]
     assert all(0 <= row["gradient_off"] < 0.1 and row["images_per_sec"] > 0 for row in found["records"])
-    assert found["machine"] == {"commit": "0123abc", "dirty": None} and not found["unchecked"]
+    assert found["machine"]["commit"] == "0123abc" and not found["unchecked"]
     # The row of a step is there before the check, which may fail or be killed.
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert kinds == ["record", "check", "stage"]
+    assert kinds == ["machine", "record", "check", "stage"]
     assert (tmp_path / "out" / "summary.txt").read_text() in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_is_killed_at_any_moment_leaves_whole_rows_and_no_process(tmp_path, number):
-    process = bench_gpu(tmp_path / "out", "--rehearse", "--only", "machine", "--seconds", "100")
-    rows = Rows(tmp_path / "out" / "rows.jsonl")
-    end = time.monotonic() + 60
-    while len(rows.read("record")) < 3 and time.monotonic() < end:
-        time.sleep(0.02)
-    stages = children(process.pid)
+RUNNER = """
+import sys
+from pathlib import Path
+from erd_fast.benchmark.stages import Rows, Runner, Stage, stopped_by_signals
+rows = Rows(Path("rows.jsonl"))
+with stopped_by_signals():
+    Runner(rows, Path("log.txt"), 600.0, Path()).run(Stage("hangs", sys.argv[1:], 600.0))
+"""
+
+
+def runner_of(folder: Path, *command: str) -> "subprocess.Popen[bytes]":
+    """A process that runs one stage, which does not end by itself."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, *command], cwd=folder, env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, -2)])
+def test_what_is_killed_leaves_whole_rows_and_no_process(rows, tmp_path, number, code):
+    hangs = stage("hangs", "import os, time; [rows.write('x', pid=os.getpid()) for _ in range(3)]; time.sleep(600)")
+    process = runner_of(tmp_path, *hangs.command)
+    until(lambda: len(rows.read("x")) == 3)
     process.send_signal(number)
-    process.communicate()
+    assert process.wait() == code
+    written = rows.read("x")
+    assert len(written) == 3 and is_gone(written[0]["pid"])
+
+
+def test_a_stage_ends_with_its_runner_however_early_that_is(tmp_path):
+    """Python takes seconds to import torch, in which nothing of a stage's own code has run."""
+    process = runner_of(tmp_path, "sleep", "600")
+    until(lambda: bool(children(process.pid)))
+    stages = children(process.pid)
+    process.kill()
+    process.wait()
     assert stages and all(map(is_gone, stages))
-    assert len(rows.read("record")) >= 3 and process.returncode == (-9 if number == signal.SIGKILL else 128 + 15)
+
+
+def until(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not there() and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_results_that_are_there_are_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rows.jsonl").write_text('{"kind": "record"}\n')
+    process = bench_gpu(tmp_path / "out", "--rehearse", "--only", "machine")
+    said = " ".join(process.communicate()[0].split())
+    assert process.returncode == 2 and "--out must be a folder without results, got" in said
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == '{"kind": "record"}\n'
 
 
 def test_without_a_gpu_and_with_a_wrong_name_it_says_what_to_do(tmp_path):
@@ -156,6 +211,7 @@ def test_without_a_gpu_and_with_a_wrong_name_it_says_what_to_do(tmp_path):
     for arguments, said in (
         ([], "no CUDA device is visible to PyTorch; --rehearse runs the stages on a CPU"),
         (["--rehearse", "--only", "xl"], "--only must be part of a stage's name, got 'xl'; stages: extension, machine"),
+        (["--rehearse", "--seconds", "-5"], "--seconds must be above 0, got -5.0"),
     ):
         process = bench_gpu(tmp_path / "out", *arguments, env=without)
         assert said in " ".join(process.communicate()[0].split()) and process.returncode == 2

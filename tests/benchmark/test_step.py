@@ -18,7 +18,7 @@ from erd_fast.benchmark.step import bench_case, bench_step, largest_batch, make_
 from erd_fast.benchmark.step_baselines import RECIPES, Baseline, baselines
 from erd_fast.benchmark.step_cases import BATCHES, Problem, StepCase, make_problem
 from erd_fast.benchmark.step_check import Evidence, check, witness
-from erd_fast.benchmark.step_ours import IN_BFLOAT16, OURS
+from erd_fast.benchmark.step_ours import IN_BFLOAT16, IN_FLOAT16, OURS
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.models import create_model, model_flops
 from erd_fast.ops import OPS
@@ -96,6 +96,17 @@ def test_low_precision_trains_on_masters_without_a_piece_of_ours_too(lowered, na
     evidence = evidence_of(lowered, name)
     assert bool(evidence.copies) == (name != "no-kernels")
     check(lowered, evidence, name)
+
+
+@pytest.mark.parametrize("scale", [2.0**30, 2.0**12])
+def test_float16_is_checked_on_a_step_that_is_taken_and_without_its_loss_scale(problem, scale, monkeypatch):
+    """The scale is halved until a step is finite, and may double right after the step that is checked."""
+    trainer = make_trainer(problem, IN_FLOAT16)
+    trainer.step()
+    trainer.optimizer.loss_scale.fill_(scale)
+    monkeypatch.setattr(trainer.optimizer, "_growth_interval", 1)
+    off = check(problem, witness(trainer), IN_FLOAT16)
+    assert 0 < off.gradient < 0.1
 
 
 @pytest.mark.parametrize(("name", "half"), [("official", torch.float16), ("sdpa-fused", torch.bfloat16)])

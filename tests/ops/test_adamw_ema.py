@@ -269,7 +269,7 @@ def test_it_goes_through_torchs_dispatcher_and_into_a_graph():
     table = ChunkTable(DEVICE)
     table.update(made.slots)
     norm = torch.tensor(2.0, device=DEVICE)
-    arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "")
+    arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "auto")
     torch.library.opcheck(torch.ops.erd_fast.adamw_ema_fwd.default, arguments)
 
     other = ChunkTable(DEVICE)

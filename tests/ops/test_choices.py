@@ -173,12 +173,34 @@ def test_the_backend_of_the_forward_pass_runs_the_backward_pass(way, compiled):
 
 
 @WAYS
+@COMPILED
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_what_is_requested_around_the_backward_pass_does_not_change_it(way, compiled, monkeypatch):
+    x = torch.ones(3, requires_grad=True)
+    monkeypatch.setenv("ERD_FAST_BACKEND", "toy_own=reference")
+    with use_backend("auto"):  # which a backward thread does not see, unlike the variable
+        y = toy_own(compiled)(x)[0].sum()
+    way(lambda: torch.autograd.grad(y, x))
+    monkeypatch.delenv("ERD_FAST_BACKEND")
+    y = toy_own(compiled)(x)[0].sum()
+
+    def within() -> Any:
+        with use_backend(toy_own="reference"):
+            return torch.autograd.grad(y, x)
+
+    way(within)
+    assert [*CALLS] == ["forward", "backward"] * 2
+
+
+@WAYS
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_graph_takes_the_backend_that_the_environment_names(way, monkeypatch):
+    torch.compiler.reset()  # a graph keeps the variable that it was made under
     monkeypatch.setenv("ERD_FAST_BACKEND", "toy_own=reference")
     x = torch.ones(3, requires_grad=True)
     y = toy_own(compiled=True)(x)[0].sum()
     way(lambda: torch.autograd.grad(y, x))
+    torch.compiler.reset()
     assert [*CALLS] == ["forward reference", "backward reference"]
 
 

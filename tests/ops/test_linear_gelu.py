@@ -266,13 +266,13 @@ def test_compiled_under_autocast():
 @pytest.mark.parametrize("approximate", FORMS)
 def test_torch_accepts_the_ops(approximate):
     x, weight, bias, next_weight, _, dy = drawn(0)
-    flat = (x.detach().view(-1, 24).requires_grad_(), weight, bias, approximate, "")
+    flat = (x.detach().view(-1, 24).requires_grad_(), weight, bias, approximate, "auto")
     torch.library.opcheck(torch.ops.erd_fast.linear_gelu_fwd.default, flat)
     pre = torch.randn(66, 40, device=DEVICE)
     given = (dy.view(-1, 16), next_weight.detach(), pre, approximate)
-    torch.library.opcheck(torch.ops.erd_fast.linear_gelu_bwd.default, (*given, True, ""))
+    torch.library.opcheck(torch.ops.erd_fast.linear_gelu_bwd.default, (*given, True, "auto"))
     torch.library.opcheck(
-        torch.ops.erd_fast.linear_gelu_bwd.default, (torch.randn_like(pre), None, *given[2:], False, "")
+        torch.ops.erd_fast.linear_gelu_bwd.default, (torch.randn_like(pre), None, *given[2:], False, "auto")
     )
 
 

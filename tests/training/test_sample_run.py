@@ -221,3 +221,23 @@ def test_latents_are_no_pictures(latent_run):
     message = "vae must be a PATH or an ID for pictures, got none; --out x.npz takes latents"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         open_decoder(latent_run, "none", pictures=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("vae", 5, "text"),
+        ("vae_source", [1], "text"),
+        ("pixel_range", [1.0], "two numbers, the smaller one first"),
+        ("pixel_range", [1.0, 1.0], "two numbers, the smaller one first"),
+        ("pixel_range", [0, 10**400], "two numbers, the smaller one first"),
+        ("pixel_range", "ab", "two numbers, the smaller one first"),
+        ("scale", [1.0, 2.0], "4 numbers or none"),
+        ("scale", ["a"] * 4, "4 numbers or none"),
+        ("shift", 3.0, "4 numbers or none"),
+    ],
+)
+def test_a_damaged_state_is_named(latent_run, tmp_path, field, value, allowed):
+    damaged = _copy(latent_run, tmp_path / "damaged", **{field: value})
+    with pytest.raises(DataError, match=rf"state.json: {field} must be {allowed}, got"):
+        open_decoder(damaged, "none")
