@@ -5,11 +5,11 @@
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
 # make soak    what takes longer than a test may: runs with kernels and without learn alike, all GPU stages rehearsed
 # make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
-# make gpu     on a machine with a GPU and torch, without .venv and network: what matters most, within 8 minutes, to
-#              out/gpu; PART=tests, ops, attention, step or data is one of its parts at length
+# make gpu     on a machine with a GPU and torch, without .venv and network: the most important measurements within 8
+#              minutes, to out/gpu/; PART=tests, ops, attention, step or data measures all cases of one part
 PYTHON ?= python3
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check
 RUN ?= runs/digits
 
 .PHONY: setup dev train test soak lint fixtures bench gpu gpu-all gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \

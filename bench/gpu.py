@@ -1,11 +1,11 @@
-"""Measure everything on a GPU within a few minutes, what matters most first: ``python bench/run.py gpu``.
+"""Run all GPU measurements within a few minutes, the most important first: ``python bench/run.py gpu``.
 
     python bench/run.py gpu --seconds 480 --out DIR       on a machine with a GPU, torch, Triton and pytest
-    python bench/run.py gpu --rehearse --out DIR          all of it on a CPU, with tiny sizes
-    python bench/run.py gpu --only tests --out DIR        the stages whose name contains this
+    python bench/run.py gpu --rehearse --out DIR          a dry run of the stages on a CPU with tiny sizes
+    python bench/run.py gpu --only tests --out DIR        the stages whose name contains this, after the extension's
 
-DIR must not hold results already. It gets rows.jsonl (each row as it comes), results.json (machine, records, what
-failed), summary.txt and log.txt.
+DIR must not hold results already. It receives rows.jsonl (one row per measurement, written immediately), results.json
+(machine, records, failures), summary.txt and log.txt.
 """
 
 import argparse
@@ -356,6 +356,11 @@ def summary(found: dict[str, Any]) -> str:
         for name, value in found["machine"].items()
         if name in ("device", "torch", "triton", "commit")
     ]
+    lines = (
+        ["REHEARSAL with tiny sizes on a CPU: no figure below is a measurement", *lines]
+        if found["rehearsal"]
+        else lines
+    )
     lines += ["", table(records) if records else "no records"]
     lines += [""] * bool(found["unchecked"] or found["failures"])
     lines += [f"UNCHECKED {' '.join(identity(row))}: {row['error']}" for row in found["unchecked"]]
@@ -398,20 +403,24 @@ def run_all(folder: Path, rows: Rows, arguments: argparse.Namespace) -> dict[str
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "gpu", "--out", str(folder)]
     command += ["--rehearse"] * arguments.rehearse
 
+    def collected() -> dict[str, Any]:
+        return {"rehearsal": arguments.rehearse, **results(rows, arguments.commit)}
+
     def run(parts: list[Part]) -> None:
         print(f"{runner.left:4.0f} s left: {', '.join(part.name for part in parts)}", flush=True)
         runner.run(*(Stage(part.name, [*command, "--stage", part.name], part.limit) for part in parts))
-        write_json(folder / "results.json", results(rows, arguments.commit))
+        write_json(folder / "results.json", collected())
 
     for parts in plan(arguments.rehearse):
-        if chosen := [part for part in parts if arguments.only in part.name]:
+        # Without the extension the others would measure something else.
+        if chosen := [part for part in parts if arguments.only in part.name or part.measure is build_extension]:
             run(chosen)
     again = [part for parts in plan(arguments.rehearse) for part in parts if part.name == "ops"]
     failures = -1
     while lost_the_gpu(rows) and len(rows.read("variant", "case")) > failures:  # each time a failure fewer remains
         failures = len(rows.read("variant", "case"))
         run(again)
-    return results(rows, arguments.commit)
+    return collected()
 
 
 def lost_the_gpu(rows: Rows) -> bool:
@@ -424,11 +433,15 @@ def main(given: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench/run.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all stages together ({SECONDS:.0f})")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"total time limit in seconds (default {SECONDS:.0f})"
+    )
     default = ROOT / "out" / "gpu" / time.strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=default, help="folder for the four files (out/gpu/DATE-TIME)")
-    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with tiny sizes")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run the stages whose name contains TEXT")
+    parser.add_argument(
+        "--out", type=Path, default=default, help="folder for the four files (default out/gpu/DATE-TIME)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="dry run on a CPU with tiny sizes")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the stages whose name contains TEXT")
     parser.add_argument("--commit", default="", help="commit of the sources, where there is no .git")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # what the process of a stage is called with
     arguments = parser.parse_args(given)

@@ -9,7 +9,12 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(
+        f"bench/run.py: {sys.executable} has no torch; run it with another Python (make gpu PYTHON=.venv/bin/python)"
+    )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, whether the package is installed or not
 

@@ -128,6 +128,8 @@ def open_autoencoder(given: str, *, vae: str, vae_source: str, channels: int) ->
     """
     if not given and not vae_source:
         raise DataError(f"the source of the autoencoder{f' {vae}' if vae else ''} is not recorded")
+    if not given and os.path.isabs(vae_source) and not os.path.isdir(vae_source):
+        raise DataError(f"the recorded autoencoder {vae_source} does not exist")
     autoencoder = Autoencoder(given or vae_source, torch.device("cpu"), download=bool(given))
     if autoencoder.channels != channels:
         raise ConfigError(f"vae must have {channels} latent channels, got {autoencoder.channels} ({autoencoder.name})")
@@ -159,7 +161,7 @@ def _load(source: str, download: bool) -> Any:
                 f"vae must be the folder of an AutoencoderKL or of a pipeline, got {source}, which has no config.json"
             )
         return _loaded(diffusers, source, str(folder), local_files_only=True)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or folder.parent.is_dir():
         raise DataError(
             f"vae must be a folder that exists or an ID of the Hugging Face hub such as owner/name, got {source}"
         )

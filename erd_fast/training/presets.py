@@ -52,9 +52,10 @@ def fashion_mnist() -> RunConfig:
 
 
 def custom() -> RunConfig:
-    """Your own latent store, DiT-S/2, 100K steps. A GPU or CPU: time and quality not measured.
+    """Your own latent store, DiT-S/2, 100K steps. A GPU: time and quality not measured.
 
-    Neutral values to start from; the model takes image size, channels and classes from the store.
+    Neutral values to start from; the model takes image size, channels and classes from the store. On a CPU choose a
+    tiny model and a small batch.
     """
     return RunConfig(
         train=TrainConfig(

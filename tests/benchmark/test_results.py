@@ -267,7 +267,8 @@ def test_a_step_whose_check_failed_or_never_ran_is_no_record(gpu, tables, tmp_pa
         "passed": 1,
         "failed_tests": ["tests/a.py::b"],
     }
-    text = gpu.summary(found)
+    text = gpu.summary({"rehearsal": False, **found})
+    assert "REHEARSAL" in gpu.summary({"rehearsal": True, **found}) and "REHEARSAL" not in text
     for line in (
         "UNCHECKED step/DiT-X/2 N=8 compile: RunError: loss is 0.5 off",
         "FAILED variant ops/draw N=8 triton: RuntimeError: bad",

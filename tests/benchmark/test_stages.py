@@ -138,13 +138,13 @@ def test_the_stages_of_a_gpu_leave_a_summary_and_a_result_that_tables_read(tmp_p
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"rows.jsonl", "results.json", "summary.txt", "log.txt"}
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["stage"] for row in found["stages"]] == ["step erd-fast fp16"]
+    assert [row["stage"] for row in found["stages"]] == ["extension", "step erd-fast fp16"]
     assert [row["variant"] for row in found["records"]] == ["erd-fast fp16"]
     assert all(0 <= row["gradient_off"] < 0.1 and row["images_per_sec"] > 0 for row in found["records"])
     assert found["machine"]["commit"] == "0123abc" and not found["unchecked"]
     # The row of a step is there before the check, which may fail or be killed.
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert kinds == ["machine", "record", "check", "stage"]
+    assert kinds == ["machine", "extension", "stage", "record", "check", "stage"]
     assert (tmp_path / "out" / "summary.txt").read_text() in printed
 
 

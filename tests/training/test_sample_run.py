@@ -176,7 +176,9 @@ def test_another_autoencoder_is_not_taken_by_itself(latent_run, given, tmp_path)
     with pytest.raises(DataError, match=message + re.escape(REMEDY)):
         open_decoder(moved)
     gone = _copy(latent_run, tmp_path / "gone", vae_source=f"{tmp_path}/gone-vae")
-    with pytest.raises(DataError, match=rf"got {tmp_path}/gone-vae" + re.escape(REMEDY)):
+    with pytest.raises(
+        DataError, match=rf"the recorded autoencoder {tmp_path}/gone-vae does not exist" + re.escape(REMEDY)
+    ):
         open_decoder(gone)
 
 
