@@ -65,6 +65,7 @@ COLUMNS = 16
 INITIAL_LOSS_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
 """Of float16: doubled after as many steps without overflow, halved at each overflow, between 1 and 2^32."""
 SMALLEST_SCALE, LARGEST_SCALE = 1.0, 2.0**32
+_COLUMNS_OF_LISTS = (Column.GRADIENT, Column.PARAMETER, Column.EXP_AVG, Column.EXP_AVG_SQ, Column.COPY)
 _CLIP_EPS = 1e-6  # PyTorch's: it clips by norm + 1e-6
 
 
@@ -124,9 +125,10 @@ def adamw_ema(
     """
     lists = slots if isinstance(slots, Slots) else Slots.of(slots)
     decays = len(lists.emas) // len(lists.gradients)
-    for column, tensors in zip(list(Column)[:5], lists[:5], strict=True):
-        table.check("adamw_ema", column, tensors)
-    table.check("adamw_ema", Column.EMA, lists.emas, step=decays)
+    if not torch.compiler.is_compiling():
+        for column, tensors in zip(_COLUMNS_OF_LISTS, lists[:5], strict=True):
+            table.check("adamw_ema", column, tensors)
+        table.check("adamw_ema", Column.EMA, lists.emas, step=decays)
     _op(table.rows, table.places, CHUNK, settings, norm, growth_interval, decays, *state, *lists)
 
 

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,18 @@ _VARIABLE = "ERD_FAST_BACKEND"
 _NO_GPU = "no CUDA device is visible to PyTorch"
 _BUILD = "run pip install . in erd-fast's source folder with a C++ compiler (for cuda also nvcc) on PATH"
 
-_chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("erd_fast_backend", default=None)
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("erd_fast_backend", default=None)
+
+
+class _Traced(threading.local):
+    """The same request where torch.compile can read it and guard its graphs by it: torch 2.11 traces no ContextVar, and
+    of a thread-local object no attribute of its class."""
+
+    def __init__(self) -> None:
+        self.chosen: str | None = None
+
+
+_traced = _Traced()
 
 
 @contextlib.contextmanager
@@ -46,12 +58,15 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
     Raises:
         ConfigError: unknown backend or op.
     """
-    parts = [choice, *(f"{op}={backend}" for op, backend in ops.items())]
-    token = _chosen.set(_parsed(",".join(part for part in parts if part), "use_backend"))
+    text = ",".join(filter(None, (choice, *(f"{op}={backend}" for op, backend in ops.items()))))
+    _parsed(text, "use_backend")
+    token, before = _chosen.set(text), _traced.chosen
+    _traced.chosen = text
     try:
         yield
     finally:
         _chosen.reset(token)
+        _traced.chosen = before
 
 
 def asked_for(op: str, has: tuple[str, ...]) -> str | None:
@@ -60,22 +75,19 @@ def asked_for(op: str, has: tuple[str, ...]) -> str | None:
     torch.compile traces this: a graph has the name as a constant. Another ``use_backend`` block recompiles; the
     environment variable is read once per graph.
     """
-    choice = _chosen.get()
-    return _named_by_environment(op, has) if choice is None else _named(choice, op, has)
+    return _named(_traced.chosen if torch.compiler.is_compiling() else _chosen.get(), op, has)
 
 
-def _named_by_environment(op: str, has: tuple[str, ...]) -> str | None:
-    return _named(_parsed(os.environ.get(_VARIABLE, ""), _VARIABLE), op, has)
-
-
-# What torch.compiler.assume_constant_result sets, which imports the compiler to do so.
-_named_by_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _named(choice: dict[str, str], op: str, has: tuple[str, ...]) -> str | None:
+def _named(chosen: str | None, op: str, has: tuple[str, ...]) -> str | None:
+    """By the text of a block, or where that is None by the environment."""
+    choice = _parsed(os.environ.get(_VARIABLE, ""), _VARIABLE) if chosen is None else _parsed(chosen, "use_backend")
     general = choice.get("")
     named = choice.get(op, general if general in has else None)
     return None if named == "auto" else named
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler to do so. The text is guarded.
+_named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)

@@ -162,7 +162,11 @@ def runner_of(folder: Path, *command: str) -> "subprocess.Popen[bytes]":
     """A process that runs one stage, which does not end by itself."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", RUNNER, *command], cwd=folder, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", RUNNER, *command],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
 
 
@@ -172,7 +176,7 @@ def test_what_is_killed_leaves_whole_rows_and_no_process(rows, tmp_path, number,
     process = runner_of(tmp_path, *hangs.command)
     until(lambda: len(rows.read("x")) == 3)
     process.send_signal(number)
-    assert process.wait() == code
+    assert process.wait(60) == code
     written = rows.read("x")
     assert len(written) == 3 and is_gone(written[0]["pid"])
 
@@ -183,7 +187,7 @@ def test_a_stage_ends_with_its_runner_however_early_that_is(tmp_path):
     until(lambda: bool(children(process.pid)))
     stages = children(process.pid)
     process.kill()
-    process.wait()
+    process.wait(60)
     assert stages and all(map(is_gone, stages))
 
 
