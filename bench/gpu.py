@@ -206,7 +206,7 @@ def measure_step(case: StepCase, variant: str, rows: Rows, *, seconds: float, wa
     """A training step: its row first, then the check, which takes longer. ``warm`` only fills the compiler's caches."""
     named = {"group": case.group, "case": case.name, "variant": variant}
     if warm and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < ROOMY:
-        rows.write("warm", **named, skipped="the GPU is too small to compile beside the tests")
+        rows.write("warm", **named, skipped="too little memory to compile during the tests")
         return
     problem = make_problem(case, device())
     began = time.perf_counter()
