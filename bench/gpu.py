@@ -36,7 +36,7 @@ from erd_fast.benchmark.step_check import check, witness
 from erd_fast.benchmark.step_ours import IN_FLOAT16, OURS
 from erd_fast.benchmark.timing import captured, interleaved, wall
 from erd_fast.benchmark.workload import Variant
-from erd_fast.errors import ErdFastError
+from erd_fast.errors import ErdFastError, RunError
 from erd_fast.files import make_folder, write_json, write_text
 from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import backends, choices
@@ -409,7 +409,10 @@ def run_all(folder: Path, rows: Rows, arguments: argparse.Namespace) -> dict[str
     def run(parts: list[Part]) -> None:
         print(f"{runner.left:4.0f} s left: {', '.join(part.name for part in parts)}", flush=True)
         runner.run(*(Stage(part.name, [*command, "--stage", part.name], part.limit) for part in parts))
-        write_json(folder / "results.json", collected())
+        try:
+            write_json(folder / "results.json", collected())
+        except RunError as error:  # rows.jsonl has it all
+            print(error, file=sys.stderr)
 
     for parts in plan(arguments.rehearse):
         # Without the extension the others would measure something else.

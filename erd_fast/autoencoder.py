@@ -124,7 +124,7 @@ def open_autoencoder(given: str, *, vae: str, vae_source: str, channels: int) ->
 
     Raises:
         ConfigError: diffusers is not installed, or the autoencoder's latents have another number of channels.
-        DataError: none is recorded, there is no autoencoder, or another one than recorded.
+        DataError: none is recorded, it does not exist, or its weights are not the recorded ones.
     """
     if not given and not vae_source:
         raise DataError(f"the source of the autoencoder{f' {vae}' if vae else ''} is not recorded")

@@ -118,10 +118,10 @@ def test_a_command_that_is_not_there_and_an_unnamed_signal_cost_only_their_stage
     found = run(
         rows,
         tmp_path,
-        [Stage("missing", ["/nowhere/at/all"], 5.0), stage("beside it", "rows.write('x')")],
+        [Stage("missing", ["/nowhere/at/all"], 5.0), stage("concurrent", "rows.write('x')")],
         [stage("real time", "import os; os.kill(os.getpid(), 40)")],
     )
-    assert found["missing"].startswith("did not start: ") and found["beside it"] == "ok" and rows.read("x")
+    assert found["missing"].startswith("did not start: ") and found["concurrent"] == "ok" and rows.read("x")
     assert found["real time"] == "killed by signal 40"
 
 
