@@ -149,7 +149,7 @@ void check_layout(const Call& call, const char* argument, const Tensor& tensor, 
     }
 }
 
-// The table of erd_fast/ops/chunks.py. Its addresses are taken at their word; on a GPU, so are its other numbers.
+// The table of erd_fast/ops/tensor_table.py. Its addresses are taken at their word; on a GPU, so are its other numbers.
 ChunkTable table_of(const Call& call, const Tensor& rows, const Tensor& places, int64_t chunk) {
     call.check_range("chunk", chunk, CHUNK, CHUNK);
     int64_t tensors = rows.numel() / TABLE_COLUMNS, chunks = places.numel() / PLACE_COLUMNS;

@@ -1,5 +1,5 @@
 /*
-A chunk of a table of tensors, as the CUDA kernels and the CPU twins meet it; erd_fast/ops/chunks.py makes the table.
+A chunk of a table of tensors, as the CUDA kernels and the CPU twins meet it; erd_fast/ops/tensor_table.py makes the table.
 */
 #pragma once
 

@@ -114,7 +114,7 @@ struct LinearGeluBackwardArguments {
 };
 
 // ----------------------------------------------------------------------------
-// many tensors as one launch: the table of erd_fast/ops/chunks.py, which names its columns
+// many tensors as one launch: the table of erd_fast/ops/tensor_table.py, which names its columns
 
 constexpr int CHUNK = 8192, MOST_EMAS = 4;
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .chunks import ALIGNED, BFLOAT16, FLOAT16, FORMAT, FORMATS, GRADIENT, chunk_of, element_at
 
-# Columns of a row, as in erd_fast/ops/chunks.py; an average is _EMA and the next three.
+# Columns of a row, as in erd_fast/ops/tensor_table.py; an average is _EMA and the next three.
 _PARAMETER, _EXP_AVG, _EXP_AVG_SQ, _COPY, _EMA, _GROUP = (tl.constexpr(column) for column in (1, 2, 3, 4, 5, 10))
 # Columns of settings (_S) and factors (_F), as in erd_fast/ops/adamw_ema.py.
 _S_LR, _S_BETA1, _S_BETA2, _S_EPS, _S_WEIGHT_DECAY, _S_GRAD_CLIP, _S_WARMUP, _S_COSINE_STEPS, _S_START, _S_EMA_DECAY = (
@@ -232,8 +232,8 @@ def forward(
     """A step: change counts and scalars, fill factors, and change what the table says.
 
     Args:
-        rows: (tensors, 12) int64; places: (chunks, 2) int32: a table of erd_fast/ops/chunks.py. Gradients, read, and
-            copies, written, are fp32, bf16 or fp16; parameters, moments and averages, changed, are fp32.
+        rows, places: (tensors, 12) int64 and (chunks, 2) int32, a table of erd_fast/ops/tensor_table.py. Gradients,
+            read, and copies, written, are fp32, bf16 or fp16; parameters, moments and averages are fp32.
         chunk: elements of a chunk, a multiple of 512.
         settings: (groups, 16) fp64.
         norm: () fp32, of the gradients as they are.

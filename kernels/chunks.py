@@ -1,4 +1,4 @@
-"""Chunks of many tensors: device functions for the ops that take the table of erd_fast/ops/chunks.py.
+"""Chunks of many tensors: device functions for the ops that take the table of erd_fast/ops/tensor_table.py.
 
 A program is a chunk. Of a tensor it knows an address and what the row says: each dtype is a branch of its own, and
 whole vectors move only where the row says that all of its addresses are multiples of 16 bytes.
@@ -7,7 +7,7 @@ whole vectors move only where the row says that all of its addresses are multipl
 import triton
 import triton.language as tl
 
-# Columns of a row, and how many there are, as in erd_fast/ops/chunks.py.
+# Columns of a row, and how many there are, as in erd_fast/ops/tensor_table.py.
 GRADIENT, NUMEL, FORMAT, COLUMNS = (tl.constexpr(column) for column in (0, 9, 11, 12))
 # FORMAT: that of the gradient, FORMATS times that of the copy, and ALIGNED; what is neither of the two is float32.
 BFLOAT16, FLOAT16, FORMATS, ALIGNED = (tl.constexpr(part) for part in (1, 2, 4, 16))

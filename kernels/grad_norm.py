@@ -67,7 +67,7 @@ def forward(rows: Tensor, places: Tensor, chunk: int, norm: Tensor, partials: Te
     """Fill the norm, and the sum of squares of each chunk.
 
     Args:
-        rows: (tensors, 12) int64; places: (chunks, 2) int32: a table of erd_fast/ops/chunks.py.
+        rows: (tensors, 12) int64; places: (chunks, 2) int32: a table of erd_fast/ops/tensor_table.py.
         chunk: elements of a chunk, a power of two.
         norm: () fp32 out. partials: (chunks,) fp32 out.
     """

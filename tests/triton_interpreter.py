@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import ChunkTable, Slot
+from erd_fast.ops.tensor_table import Slot, TensorTable
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = 2.0**-24  # a float32 operation rounds by this, relative
@@ -58,7 +58,7 @@ def interpret(calls: list[Call], folder: Path) -> list[tuple[Any, ...]]:
     return [(*arguments, *(Slot(*slot) for slot in slots)) for arguments, slots in torch.load(folder / "results.pt")]
 
 
-def to_patches(images: Tensor, patch: int) -> Tensor:
+def patchify(images: Tensor, patch: int) -> Tensor:
     """(N, C, H, W) to the patch tokens of kernels/: (N, (H/p)(W/p), p*p*C), a feature (y%p, x%p, c)."""
     n, c, h, w = images.shape
     cut = images.reshape(n, c, h // patch, patch, w // patch, patch)
@@ -113,7 +113,7 @@ def _check_alignment() -> None:
 def _table(slots: list[Any]) -> tuple[Tensor, ...]:
     if not slots:
         return ()
-    table = ChunkTable(torch.device("cpu"))
+    table = TensorTable(torch.device("cpu"))
     table.update([Slot(*slot) for slot in slots])
     return table.rows, table.places
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from erd_fast.benchmark.workload import EPS, Deviation, Tensors, Workload, Wrap
 from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.models import DiffusionModel, create_model, model_flops
-from erd_fast.ops.layout import to_patches
+from erd_fast.ops.patchify import patchify
 
 MODEL_NAMES = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "U-ViT-H/2")
 _COPIES = 2
@@ -84,7 +84,7 @@ class _Step:
         how: dict[str, Any] = {"generator": generator, "device": device}
         shape = (_COPIES, case.size, self.model.in_channels, self.model.input_size, self.model.input_size)
         self.images = torch.randn(shape, **how).to(torch.bfloat16 if self.on_gpu else torch.float32).unbind()
-        self.tokens = [to_patches(image, self.model.token_patch).contiguous() for image in self.images]
+        self.tokens = [patchify(image, self.model.token_patch).contiguous() for image in self.images]
         self.targets = torch.randn(shape, **how)
         self.t_index = torch.randint(len(self.process.schedule), (case.size,), **how)
         self.labels = torch.randint(self.model.num_classes, (case.size,), **how)

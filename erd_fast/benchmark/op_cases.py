@@ -16,7 +16,7 @@ from erd_fast.benchmark.timing import copies_past_cache
 from erd_fast.benchmark.workload import Tensors, Workload, Wrap, elementwise
 from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.ops import diffusion_loss, draw, q_sample
-from erd_fast.ops.layout import to_patches
+from erd_fast.ops.patchify import patchify
 
 SHAPE = (4, 32, 32)
 ELEMENTS = 4096
@@ -160,7 +160,7 @@ def _q_sample(case: OpCase, device: torch.device) -> Workload:
         return lambda copy: wrapped(moments[copy], t, noise[0, copy], noise[1, copy])
 
     def as_ours(found: Tensors) -> Tensors:
-        return to_patches(found[0], patch), found[1]
+        return patchify(found[0], patch), found[1]
 
     compare, layout = _compare(case, drawn=not given), as_ours if given else None
     return Workload(copies, ours, baseline, compare, as_ours=layout, bytes_moved=bytes_moved)
@@ -181,7 +181,7 @@ def _diffusion_loss(case: OpCase, device: torch.device) -> Workload:
     shape = (copies, case.size, *SHAPE)
     images = torch.randn(shape, generator=generator, device=device).to(dtype).unbind()
     targets = torch.randn(shape, generator=generator, device=device)
-    tokens = [to_patches(image, patch).contiguous() for image in images]
+    tokens = [patchify(image, patch).contiguous() for image in images]
     predictions = [image.clone().requires_grad_() for image in images]
     t = torch.randint(_TIMESTEPS, (case.size,), generator=generator, device=device)
 
@@ -200,7 +200,7 @@ def _diffusion_loss(case: OpCase, device: torch.device) -> Workload:
         return call
 
     def as_ours(found: Tensors) -> Tensors:
-        return found[0], to_patches(found[1], patch)
+        return found[0], patchify(found[1], patch)
 
     compare = _compare(case, drawn=False)
     return Workload(copies, ours, baseline, compare, as_ours=as_ours, bytes_moved=bytes_moved)
@@ -216,7 +216,7 @@ def _step(case: OpCase, device: torch.device) -> Workload:
     generator = torch.Generator(device).manual_seed(0)
     store = torch.rand(_STORED, 8, *SHAPE[1:], generator=generator, device=device, dtype=torch.float16)
     images = torch.randn(copies, size, *SHAPE, generator=generator, device=device).to(dtype).unbind()
-    tokens = [to_patches(image, patch).contiguous() for image in images]
+    tokens = [patchify(image, patch).contiguous() for image in images]
     predictions = [image.clone().requires_grad_() for image in images]
     counters = [torch.tensor(1000 + size * copy, device=device) for copy in range(copies)]
     scale = torch.full((4,), SCALE, device=device)

@@ -13,7 +13,7 @@ from erd_fast.benchmark.workload import Tensors, Workload, Wrap, elementwise
 from erd_fast.ops import OPS, adamw_ema, grad_norm
 from erd_fast.ops.adamw_ema import COLUMNS, Setting, StepState
 from erd_fast.ops.backends import asked_for
-from erd_fast.ops.chunks import ChunkTable, Slot
+from erd_fast.ops.tensor_table import Slot, TensorTable
 
 SIZES = (32, 128)
 """Millions of parameters, of 2^20 each, beyond every cache; DiT-S has 33 and DiT-B 131."""
@@ -69,7 +69,7 @@ def _tensors(case: OptimizerCase, device: torch.device, seed: int) -> list[Tenso
 def _grad_norm(case: OptimizerCase, device: torch.device) -> Workload:
     """The table is there already, as it is in a step."""
     gradients = _tensors(case, device, 0)
-    table = ChunkTable(device)
+    table = TensorTable(device)
     table.update([Slot(gradient) for gradient in gradients])
 
     def baseline(wrap: Wrap) -> Callable[[int], Tensors]:
@@ -118,7 +118,7 @@ def _ours(case: OptimizerCase, gradients: list[Tensor], device: torch.device) ->
     moments = [[torch.zeros_like(parameter) for parameter in parameters] for _ in range(2)]
     rows = zip(gradients, parameters, *moments, averages, strict=True)
     slots = [Slot(g, p, m, v, emas=(ema,)) for g, p, m, v, ema in rows]
-    table = ChunkTable(device)
+    table = TensorTable(device)
     table.update(slots)
     settings = torch.zeros(1, COLUMNS, dtype=torch.float64)
     named = {Setting.LR: _LR, Setting.BETA1: _BETA1, Setting.BETA2: _BETA2, Setting.EPS: _EPS}

@@ -19,7 +19,7 @@ from erd_fast.benchmark.step_cases import Draws, Problem
 from erd_fast.diffusion import DiffusionProcess
 from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import DiffusionLoss, Draw, QSample
-from erd_fast.ops.layout import to_images, to_patches
+from erd_fast.ops.patchify import patchify, unpatchify
 from erd_fast.training.build import set_numerics
 from erd_fast.training.config import OptimConfig
 
@@ -55,14 +55,14 @@ class TorchProcess:
         posterior, noise = (torch.randn(mean.shape, device=self._device) for _ in range(2))
         self.drawn = Draws(index, t_index, self._dropped, posterior, noise)
         x_t, target = noised(moments, posterior, noise, self._alpha[t_index], self._sigma[t_index], dtype)
-        return QSample(to_patches(x_t, patch).contiguous() if patch else x_t, target)
+        return QSample(patchify(x_t, patch).contiguous() if patch else x_t, target)
 
     def loss(
         self, prediction: Tensor, target: Tensor, t_index: Tensor, *, num_bins: int, patch: int = 0, **unused: Any
     ) -> DiffusionLoss:
         """Gradient by autograd; none of the sums that a run logs."""
         given = prediction.requires_grad_()
-        image = to_images(given, patch, self._side, self._side) if patch else given
+        image = unpatchify(given, patch, self._side, self._side) if patch else given
         loss = weighted_mse(image, target, self.weight, t_index)
         (gradient,) = torch.autograd.grad(loss, given)
         none = torch.zeros(num_bins, device=self._device)

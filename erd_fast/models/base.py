@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.errors import ConfigError
-from erd_fast.ops.arguments import autocast_dtype
-from erd_fast.ops.layout import to_images, to_patches
+from erd_fast.ops.checks import autocast_dtype
+from erd_fast.ops.patchify import patchify, unpatchify
 
 
 class DiffusionModel(nn.Module):
@@ -18,7 +18,7 @@ class DiffusionModel(nn.Module):
         in_channels: channels of x_t.
         num_classes: labels are 0 ... num_classes - 1; 0 for an unconditional model, which takes no labels.
         null_label: the model has a learned label ``num_classes`` for images without one.
-        token_patch: p of the patch tokens (N, T, p p C), in the layout of :mod:`erd_fast.ops.layout`, that the model
+        token_patch: p of the patch tokens (N, T, p p C), in the layout of :mod:`erd_fast.ops.patchify`, that the model
             takes and gives in place of images; 0 if it takes images alone.
         kernels: run the fused ops; False is plain PyTorch, what they are held against and compared with.
         residual: dtype of the residual stream that the fused ops keep; bfloat16 halves its traffic and loses digits.
@@ -77,11 +77,11 @@ class DiffusionModel(nn.Module):
 
     def as_tokens(self, x: Tensor) -> Tensor:
         """Images or their patch tokens as patch tokens."""
-        return to_patches(x, self.token_patch) if x.dim() == 4 else x
+        return patchify(x, self.token_patch) if x.dim() == 4 else x
 
     def as_images(self, x: Tensor) -> Tensor:
         """Images or their patch tokens as images."""
-        return to_images(x, self.token_patch, self.input_size, self.input_size) if x.dim() == 3 else x
+        return unpatchify(x, self.token_patch, self.input_size, self.input_size) if x.dim() == 3 else x
 
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype of matrix products: autocast's where it is on, else the parameters'."""

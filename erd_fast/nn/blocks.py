@@ -23,7 +23,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
     def fused(self, tokens: Tensor) -> Tensor:
-        """The same of patches (N, T, p p C) in the layout of :mod:`erd_fast.ops.layout`: a matrix product."""
+        """The same of patches (N, T, p p C) in the layout of :mod:`erd_fast.ops.patchify`: a matrix product."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(tokens, weight, self.proj.bias)
 

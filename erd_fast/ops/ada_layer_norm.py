@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops.arguments import autocast_dtype, check_device, check_dtype, check_shape
+from erd_fast.ops.checks import autocast_dtype, check_device, check_dtype, check_shape
 from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

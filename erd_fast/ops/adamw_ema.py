@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import CHUNK, FORMATS, MOST_EMAS, ChunkTable, Column, Slot, Slots
 from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.tensor_table import CHUNK, FORMATS, MOST_EMAS, Column, Slot, Slots, TensorTable
 
 
 class Setting(enum.IntEnum):
@@ -85,7 +85,7 @@ class StepState(NamedTuple):
 
 def adamw_ema(
     slots: Slots | Sequence[Slot],
-    table: ChunkTable,
+    table: TensorTable,
     settings: Tensor,
     norm: Tensor,
     state: StepState,

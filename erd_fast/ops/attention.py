@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from erd_fast.ops.arguments import check_dtype
 from erd_fast.ops.backends import asked_for, interpreted
+from erd_fast.ops.checks import check_dtype
 from erd_fast.ops.declare import Gradient, Library, Outputs, Pass, declare, dispatched, reference_needed
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
+from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
 from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
-from erd_fast.ops.layout import check_patch, patch_shape, to_images, to_patches
+from erd_fast.ops.patchify import check_patch, patch_shape, patchify, unpatchify
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +43,7 @@ def diffusion_loss(
 
     Args:
         prediction: (N, C', H, W), C' >= C, float32, bfloat16 or float16; channels beyond C (a learned variance) count
-            for nothing. With ``patch``, tokens (N, H W / p^2, p^2 C') in the layout of :mod:`erd_fast.ops.layout`.
+            for nothing. With ``patch``, tokens (N, H W / p^2, p^2 C') in the layout of :mod:`erd_fast.ops.patchify`.
         target: (N, C, H, W) float32.
         weight: float32, (K,) by timestep, or (N,) by sample if ``t_index`` is None.
         t_index: (N,) integer rows of ``weight``.
@@ -106,7 +106,7 @@ def diffusion_loss_reference(
     patch: int = 0,
 ) -> DiffusionLoss:
     """The definition of :func:`diffusion_loss`; autograd of its ``loss`` defines the gradient."""
-    images = to_images(prediction, patch, *target.shape[2:])
+    images = unpatchify(prediction, patch, *target.shape[2:])
     error = images[:, : target.shape[1]].float() - target
     mse = error.square().flatten(1).mean(1)
     weight_t = weight if t_index is None else weight[t_index]
@@ -203,13 +203,13 @@ def _body(
     if not compute_grad:
         return (*result[:4], prediction.new_empty(0))
     _, channels, height, width = target.shape
-    images = to_images(prediction, patch, height, width)
+    images = unpatchify(prediction, patch, height, width)
     factor = (weight if t_index is None else weight[t_index]) * (2.0 / (batch_size * channels * height * width))
     if loss_scale is not None:
         factor = factor * loss_scale
     gradient = torch.zeros(images.shape, dtype=prediction.dtype, device=prediction.device)
     gradient[:, :channels] = (images[:, :channels].float() - target) * factor[:, None, None, None]
-    return (*result[:4], to_patches(gradient, patch).contiguous())
+    return (*result[:4], patchify(gradient, patch).contiguous())
 
 
 def _outputs(prediction: Tensor, target: Tensor, *flat: Any) -> Outputs:

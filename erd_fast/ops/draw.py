@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device, check_rows
+from erd_fast.ops.checks import check_device, check_rows
 from erd_fast.ops.declare import Outputs, Pass, declare
 from erd_fast.random import (
     Purpose,

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_dense, check_device
-from erd_fast.ops.chunks import CHUNK, FORMATS, ChunkTable, Column, Slot
+from erd_fast.ops.checks import check_dense, check_device
 from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.tensor_table import CHUNK, FORMATS, Column, Slot, TensorTable
 
 
-def grad_norm(gradients: Sequence[Tensor], table: ChunkTable | None = None) -> Tensor:
+def grad_norm(gradients: Sequence[Tensor], table: TensorTable | None = None) -> Tensor:
     """sqrt(sum of g^2 over all elements of all gradients).
 
     Squares are summed in float32 within chunks of 8,192 elements and in float64 over the chunks, in one order: the
@@ -37,7 +37,7 @@ def grad_norm(gradients: Sequence[Tensor], table: ChunkTable | None = None) -> T
         check_device("grad_norm", **{f"gradients[{number}]": gradient for number, gradient in enumerate(gradients)})
         for number, gradient in enumerate(gradients):
             check_dense("grad_norm", f"gradients[{number}]", gradient)
-        table = ChunkTable(gradients[0].device)
+        table = TensorTable(gradients[0].device)
         table.update([Slot(gradient) for gradient in gradients])
     else:
         table.check("grad_norm", Column.GRADIENT, gradients)

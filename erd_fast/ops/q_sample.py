@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from erd_fast.ops.arguments import check_device, check_dtype, check_finite, check_rows, check_shape
+from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
 from erd_fast.ops.declare import Outputs, Pass, declare, reference_needed
-from erd_fast.ops.layout import check_patch, patch_shape, to_patches
+from erd_fast.ops.patchify import check_patch, patch_shape, patchify
 from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 
 LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
@@ -67,7 +67,7 @@ def q_sample(
             is None.
         noise, posterior_noise: (N, C, H, W) standard normals in place of drawn ones.
         dtype: of x_t; float32, bfloat16 or float16.
-        patch: p > 0 gives x_t as patch tokens (:mod:`erd_fast.ops.layout`); it divides H and W.
+        patch: p > 0 gives x_t as patch tokens (:mod:`erd_fast.ops.patchify`); it divides H and W.
 
     Returns:
         :class:`QSample`.
@@ -166,7 +166,7 @@ def q_sample_reference(
     rows = coefficients if t_index is None else coefficients[t_index]
     alpha, sigma, c_x, c_eps = rows.float()[:, :, None, None, None].unbind(1)
     x_t = (alpha * x_start + sigma * eps).to(dtype)
-    return QSample(x_t=to_patches(x_t, patch), target=c_x * x_start + c_eps * eps)
+    return QSample(x_t=patchify(x_t, patch), target=c_x * x_start + c_eps * eps)
 
 
 def _check_latents(latents: Tensor, kind: str, count: int, patch: int, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from erd_fast.ops.ada_layer_norm import (
     statistics,
     sums,
 )
-from erd_fast.ops.arguments import check_device, check_dtype, check_shape
+from erd_fast.ops.checks import check_device, check_dtype, check_shape
 from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
 
 _OP = "residual_ada_layer_norm"

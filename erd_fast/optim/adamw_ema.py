@@ -18,9 +18,9 @@ from erd_fast.ops.adamw_ema import (
     StepState,
     adamw_ema,
 )
-from erd_fast.ops.arguments import check_dense
-from erd_fast.ops.chunks import MOST_EMAS, ChunkTable, Slot, Slots, capturing
+from erd_fast.ops.checks import check_dense
 from erd_fast.ops.grad_norm import grad_norm
+from erd_fast.ops.tensor_table import MOST_EMAS, Slot, Slots, TensorTable, capturing
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
 _PICKLED = ("counts", "_scalars", "_factors", "_settings", "_settings_given", "_decays", "_masters", "_growth_interval")
@@ -91,7 +91,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         scale = INITIAL_LOSS_SCALE if scale_loss else 1.0
         self._scalars = torch.tensor([scale, 0.0], dtype=dtype, device=device)
-        self._table = ChunkTable(device)
+        self._table = TensorTable(device)
         self._key: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
         self._kept: Slots | None = None
         self._settings_given: list[list[float]] = []
@@ -136,7 +136,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "counts" in state:  # of a pickle or a copy; load_state_dict passes here too, and keeps the table
-            self._table, self._key, self._kept = ChunkTable(self.counts.device), [], None
+            self._table, self._key, self._kept = TensorTable(self.counts.device), [], None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -19,7 +19,7 @@ from erd_fast.ops.adamw_ema import (
     adamw_ema,
     advance_reference,
 )
-from erd_fast.ops.chunks import CHUNK, MOST_EMAS, ChunkTable, Slot
+from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot, TensorTable
 from parity import hold
 
 HALF_ULP = 2.0**-24
@@ -116,7 +116,7 @@ def _clones(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def _run(ops: Any, slots: Sequence[Slot], settings: Tensor, norm: Tensor, state: StepState, growth: int = 0) -> None:
-    table = ChunkTable(torch.device("cpu"))
+    table = TensorTable(torch.device("cpu"))
     table.update(slots)
     decays = max((len(slot.emas) for slot in slots), default=0)
     ops.adamw_ema_fwd(table.rows, table.places, CHUNK, settings, norm, growth, decays, *state)
@@ -241,7 +241,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(ops, val
     slots, memory = _slots(1, shift)
     slots[-1].gradient[8192] = value
     before, state = [tensor.clone() for tensor in _kept(slots)], _state(len(GROUPS), scale=8.0)
-    table = ChunkTable(torch.device("cpu"))
+    table = TensorTable(torch.device("cpu"))
     table.update(slots)
     norm, partials = torch.empty(()), torch.empty(len(table.places))
     ops.grad_norm_fwd(table.rows, table.places, CHUNK, norm, partials)
@@ -264,7 +264,7 @@ def test_what_a_slot_does_not_have_is_left_out(ops):
 
 def test_averages_beyond_the_decays_are_left_alone(ops):
     slots, _ = _slots(decays=4)
-    table = ChunkTable(torch.device("cpu"))
+    table = TensorTable(torch.device("cpu"))
     table.update(slots)
     before = [[ema.clone() for ema in slot.emas] for slot in slots]
     ops.adamw_ema_fwd(
@@ -294,7 +294,7 @@ def _two_steps(step: Any, gradient: Tensor, *kept: Tensor) -> tuple[Tensor, ...]
 
 def test_steps_err_no_more_than_the_definition_in_float32(ops):
     def reference(slots: list[Slot], settings: Tensor, norm: Tensor, state: StepState) -> None:
-        table = ChunkTable(torch.device("cpu"))
+        table = TensorTable(torch.device("cpu"))
         table.update(slots)
         with use_backend("reference"):
             adamw_ema(slots, table, settings, norm, state)
@@ -310,7 +310,7 @@ def test_steps_err_no_more_than_the_definition_in_float32(ops):
 def test_the_public_op_runs_it(cpu_ops):
     slots, _ = _slots(1)
     own, state = _clones(slots), _state(len(GROUPS))
-    table, settings, other = ChunkTable(torch.device("cpu")), _settings(), _state(len(GROUPS))
+    table, settings, other = TensorTable(torch.device("cpu")), _settings(), _state(len(GROUPS))
     table.update(slots)
     with use_backend(adamw_ema="cpu"):
         adamw_ema(slots, table, settings, torch.tensor(2.0), state, growth_interval=5)
@@ -332,7 +332,7 @@ def test_threads_change_nothing(cpu_ops):
 
 def test_bad_arguments_are_named(cpu_ops):
     slots, _ = _slots(1)
-    table, state = ChunkTable(torch.device("cpu")), _state(len(GROUPS))
+    table, state = TensorTable(torch.device("cpu")), _state(len(GROUPS))
     table.update(slots)
     good = {
         "rows": table.rows,

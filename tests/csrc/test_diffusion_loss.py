@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
-from erd_fast.ops.layout import to_images, to_patches
+from erd_fast.ops.patchify import patchify, unpatchify
 
 HALF_ULP = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def _case(shape: tuple[int, ...], predicted: int, patch: int, dtype: torch.dtype
     prediction = torch.randn(count, predicted, *shape[1:], generator=generator).to(dtype)
     prediction[:, shape[0] :] = torch.nan  # counts for nothing
     return {
-        "prediction": to_patches(prediction, patch).contiguous(),
+        "prediction": patchify(prediction, patch).contiguous(),
         "target": torch.randn(count, *shape, generator=generator),
         "weight": torch.rand(STEPS, generator=generator) + 0.1,
         "t_index": torch.randint(0, STEPS, (count,), generator=generator),
@@ -56,7 +56,7 @@ def _truth(case: dict[str, Any], bins: int) -> dict[str, Tensor]:
     """The definition, and its gradient by autograd, in float64, of what the inputs hold once they are rounded."""
     prediction = case["prediction"].double().nan_to_num(0.0).requires_grad_()
     channels, height, width = case["target"].shape[1:]
-    images = to_images(prediction, case["patch"], height, width)[:, :channels]
+    images = unpatchify(prediction, case["patch"], height, width)[:, :channels]
     # The definition works in float32; its formulas, here in float64.
     mse = (images - case["target"].double()).square().flatten(1).mean(1)
     weight = case["weight"].double()
@@ -154,11 +154,11 @@ def _shifted(tensor: Tensor) -> Tensor:
 
 def test_layouts_give_the_same_errors_on_a_cpu(cpu_ops):
     tokens = _case((4, 32, 32), 8, 2, torch.bfloat16)
-    image = tokens | {"patch": 0, "prediction": to_images(tokens["prediction"], 2, 32, 32).contiguous()}
+    image = tokens | {"patch": 0, "prediction": unpatchify(tokens["prediction"], 2, 32, 32).contiguous()}
     one, other = _run(cpu_ops, tokens), _run(cpu_ops, image)
     for name in ("loss", "per_sample", "bin_sum"):
         assert torch.equal(one[name], other[name])
-    assert torch.equal(one["dprediction"], to_patches(other["dprediction"], 2))
+    assert torch.equal(one["dprediction"], patchify(other["dprediction"], 2))
 
 
 def test_instruction_sets_give_equal_bits(cpu_ops):
@@ -204,7 +204,7 @@ def test_on_a_gpu_a_timestep_out_of_range_makes_the_loss_nan(emulated_ops, shape
     good["bin_count"][bins[1]] -= 1
     assert torch.equal(given["bin_count"], good["bin_count"])
     channels, height, width = shape
-    gradient = to_images(given["dprediction"], patch, height, width)
+    gradient = unpatchify(given["dprediction"], patch, height, width)
     assert gradient[1, :channels].isnan().all()
     assert (gradient[:, channels:] == 0).all()
     others = [0, 2, 3, 4]

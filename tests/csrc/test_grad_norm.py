@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops import use_backend
-from erd_fast.ops.chunks import CHUNK, ChunkTable, Slot
 from erd_fast.ops.grad_norm import grad_norm, grad_norm_reference
+from erd_fast.ops.tensor_table import CHUNK, Slot, TensorTable
 
 HALF_ULP = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +27,8 @@ def _gradients(dtype: torch.dtype | None = None) -> list[Tensor]:
     return [torch.randn(size, generator=generator).to(kind) for size, kind in zip(SIZES, dtypes, strict=False)]
 
 
-def _table(gradients: list[Tensor]) -> ChunkTable:
-    table = ChunkTable(torch.device("cpu"))
+def _table(gradients: list[Tensor]) -> TensorTable:
+    table = TensorTable(torch.device("cpu"))
     table.update([Slot(gradient) for gradient in gradients])
     return table
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erd_fast.ops.layout import patch_shape
+from erd_fast.ops.patchify import patch_shape
 from erd_fast.ops.q_sample import LatentKind, q_sample_reference
 from erd_fast.random import Purpose, Stream, normals
 
@@ -137,9 +137,9 @@ def test_log_variance_is_within_the_rounding_of_the_exponential(ops):
 
 
 def patch_of(images: Tensor, patch: int) -> Tensor:
-    from erd_fast.ops.layout import to_patches
+    from erd_fast.ops.patchify import patchify
 
-    return to_patches(images, patch)
+    return patchify(images, patch)
 
 
 def test_exponential_is_within_one_unit_in_the_last_place(ops):

@@ -19,7 +19,7 @@ from erd_fast.ops.adamw_ema import (
     advance_reference,
     update_reference,
 )
-from erd_fast.ops.chunks import CHUNK, MOST_EMAS, Slot
+from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot
 from parity import Tensors, hold
 from triton_interpreter import UNIT, Call, around, interpret, within_memory
 

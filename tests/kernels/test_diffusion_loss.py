@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
-from triton_interpreter import ROUNDING, UNIT, Call, interpret, to_patches
+from triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
 pytest.importorskip("triton")
 
@@ -88,7 +88,7 @@ def _inputs(case: Case) -> Inputs:
 
 
 def _call(case: Case, inputs: Inputs) -> Call:
-    prediction = to_patches(inputs.prediction, case.patch) if case.patch else inputs.prediction
+    prediction = patchify(inputs.prediction, case.patch) if case.patch else inputs.prediction
     count = len(inputs.target)
     return Call(
         "diffusion_loss",
@@ -183,7 +183,7 @@ def test_values_are_those_of_the_definition(results, case):
     (gradient,) = torch.autograd.grad(truth.loss, prediction)
     gradient *= case.loss_scale or 1.0
     if case.patch:
-        gradient = to_patches(gradient, case.patch)
+        gradient = patchify(gradient, case.patch)
     relative, absolute = ROUNDING[case.dtype]
     assert found.dprediction is not None and found.dprediction.dtype == case.dtype
     # Six operations in float32, then one rounding to the type; where nothing was predicted, exactly 0.

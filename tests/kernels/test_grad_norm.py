@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erd_fast.ops.chunks import CHUNK, Slot
 from erd_fast.ops.grad_norm import grad_norm_reference
+from erd_fast.ops.tensor_table import CHUNK, Slot
 from parity import hold
 from triton_interpreter import UNIT, Call, interpret, within_memory
 

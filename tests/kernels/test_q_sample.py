@@ -10,7 +10,7 @@ from torch import Tensor
 
 from erd_fast.ops import QSample, q_sample
 from erd_fast.random import Purpose, Stream, normals
-from triton_interpreter import ROUNDING, UNIT, Call, interpret, to_patches
+from triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
 pytest.importorskip("triton")
 
@@ -199,7 +199,7 @@ def test_values_are_those_of_the_definition(results, case):
     relative, absolute = ROUNDING[case.dtype]
     truth, allowed = expected.x_t, bound.x_t + relative * expected.x_t.abs() + absolute
     if case.patch:
-        truth, allowed = to_patches(truth, case.patch), to_patches(allowed, case.patch)
+        truth, allowed = patchify(truth, case.patch), patchify(allowed, case.patch)
     _within(x_t, truth, allowed)
 
 

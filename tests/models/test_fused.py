@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.ops import OPS, use_backend
-from erd_fast.ops.layout import to_images, to_patches
+from erd_fast.ops.patchify import patchify, unpatchify
 from parity import no_worse
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -47,8 +47,8 @@ def results(model: DiffusionModel, autocast: bool = False, tokens: bool = False)
     x, t, labels = batch(model)
     patch = model.token_patch if tokens else 0
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(to_patches(x, patch), t, labels)
-    out = to_images(out, patch, model.input_size, model.input_size)
+        out = model(patchify(x, patch), t, labels)
+    out = unpatchify(out, patch, model.input_size, model.input_size)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     return [out.detach().float(), *torch.autograd.grad(out, list(model.parameters()), dout.to(out.dtype))]
 

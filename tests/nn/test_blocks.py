@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed
-from erd_fast.ops.layout import to_patches
+from erd_fast.ops.patchify import patchify
 from parity import no_worse
 
 
@@ -19,7 +19,7 @@ def held(layer: nn.Module, found: Tensor, x: Tensor) -> None:
 @pytest.mark.parametrize(("patch", "channels"), [(1, 3), (2, 4), (4, 1)])
 def test_patches_are_embedded_by_a_product_as_by_a_convolution(patch, channels):
     images, embed = torch.randn(3, channels, 8, 8), PatchEmbed(patch, channels, 24)
-    held(embed, embed.fused(to_patches(images, patch)), images)
+    held(embed, embed.fused(patchify(images, patch)), images)
 
 
 @pytest.mark.parametrize("bias", [True, False])

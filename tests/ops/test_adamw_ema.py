@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import OPS, adamw_ema, grad_norm, use_backend
 from erd_fast.ops.adamw_ema import COLUMNS, Factor, Setting, StepState, advance_reference
-from erd_fast.ops.chunks import CHUNK, ChunkTable, Slot, Slots
+from erd_fast.ops.tensor_table import CHUNK, Slot, Slots, TensorTable
 
 CPU = torch.device("cpu")
 SIZES = (1, 7, CHUNK - 1, CHUNK + 1)
@@ -33,7 +33,7 @@ class Problem:
     growth_interval: int = 0
 
     def step(self) -> None:
-        table = ChunkTable(self.settings.device)
+        table = TensorTable(self.settings.device)
         table.update(self.slots)
         norm = grad_norm([slot.gradient for slot in self.slots], table)
         adamw_ema(self.slots, table, self.settings, norm, self.state, growth_interval=self.growth_interval)
@@ -244,7 +244,7 @@ def test_tensors_that_do_not_go_together_are_refused(spoil, message):
 def test_a_table_of_other_tensors_is_refused(name):
     """As where a tensor was freed, and another one is at its place in the lists."""
     made = problem()
-    table = ChunkTable(DEVICE)
+    table = TensorTable(DEVICE)
     table.update(made.slots)
     before = [tensor.clone() for slot in made.slots for _, tensor in slot.named() if tensor is not None]
     moved = getattr(made.slots[1], name)
@@ -266,13 +266,13 @@ def test_a_table_of_other_tensors_is_refused(name):
 def test_it_goes_through_torchs_dispatcher_and_into_a_graph():
     made, plain = problem(), problem()
     flat = Slots.of(made.slots)
-    table = ChunkTable(DEVICE)
+    table = TensorTable(DEVICE)
     table.update(made.slots)
     norm = torch.tensor(2.0, device=DEVICE)
     arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "auto")
     torch.library.opcheck(torch.ops.erd_fast.adamw_ema_fwd.default, arguments)
 
-    other = ChunkTable(DEVICE)
+    other = TensorTable(DEVICE)
     other.update(plain.slots)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -281,7 +281,7 @@ def test_it_goes_through_torchs_dispatcher_and_into_a_graph():
 
     with use_backend(adamw_ema="reference"):
         fresh = problem()
-        own = ChunkTable(DEVICE)
+        own = TensorTable(DEVICE)
         own.update(fresh.slots)
         adamw_ema(fresh.slots, own, fresh.settings, norm, fresh.state)
         compiled(Slots.of(plain.slots))

@@ -109,7 +109,7 @@ def test_noisy_images_are_those_of_the_reference(backend, shape, patch, kind, st
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_losses_and_gradients_are_those_of_float64(backend, shape, patch, dtype, extra, patched, gradient):
-    from erd_fast.ops.layout import to_patches
+    from erd_fast.ops.patchify import patchify
 
     count, (channels, height, width) = 6, shape
     prediction = torch.randn(count, channels + extra, height, width, generator=GENERATOR).to(dtype)
@@ -122,7 +122,7 @@ def test_losses_and_gradients_are_those_of_float64(backend, shape, patch, dtype,
     patch *= patched
     with use_backend(backend):
         found = diffusion_loss(
-            to_patches(prediction, patch).contiguous().to(DEVICE),
+            patchify(prediction, patch).contiguous().to(DEVICE),
             target.to(DEVICE),
             weight.to(DEVICE),
             t_index.to(DEVICE),
@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_those_of_float64(backend, shape, patch, dtype,
         assert found.dprediction is None
         return
     assert found.dprediction is not None
-    error = (found.dprediction.cpu().double() - to_patches(expected, patch)).abs().max()
+    error = (found.dprediction.cpu().double() - patchify(expected, patch)).abs().max()
     assert error <= (8 * ROUND + UNIT[dtype]) * expected.abs().max() + 2.0**-24  # float16's smallest step
 
 

@@ -16,7 +16,7 @@ from erd_fast.errors import BackendUnavailableError, ConfigError
 from erd_fast.ops import OPS, backends, diffusion_loss, explain, q_sample, use_backend
 from erd_fast.ops.declare import Pass, declare
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
-from erd_fast.ops.layout import to_images, to_patches
+from erd_fast.ops.patchify import patchify, unpatchify
 
 T_INDEX = torch.tensor([1, 200, 999, 0])
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the backend would run on this machine's GPU")
@@ -283,8 +283,8 @@ def test_evaluation_gives_a_loss_without_gradient():
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_patch_tokens_hold_the_image(patch):
     images = torch.arange(2 * 3 * 8 * 4).reshape(2, 3, 8, 4)
-    tokens = to_patches(images, patch)
-    assert torch.equal(to_images(tokens, patch, 8, 4), images)
+    tokens = patchify(images, patch)
+    assert torch.equal(unpatchify(tokens, patch, 8, 4), images)
     y, x, channel = 5, 2, 1
     token, feature = (y // patch) * (4 // patch) + x // patch, ((y % patch) * patch + x % patch) * 3 + channel
     assert torch.equal(tokens[:, token, feature], images[:, channel, y, x])
@@ -295,6 +295,6 @@ def test_both_layouts_are_one_loss():
     wide = torch.cat((prediction, torch.full_like(prediction, 1e9)), dim=1)
     for images in (prediction, wide):
         by_image = diffusion_loss(images, target, weight, T_INDEX, compute_grad=True)
-        by_patch = diffusion_loss(to_patches(images, 2), target, weight, T_INDEX, patch=2, compute_grad=True)
+        by_patch = diffusion_loss(patchify(images, 2), target, weight, T_INDEX, patch=2, compute_grad=True)
         assert torch.equal(by_image.loss, by_patch.loss)
-        assert torch.equal(to_patches(by_image.dprediction, 2), by_patch.dprediction)
+        assert torch.equal(patchify(by_image.dprediction, 2), by_patch.dprediction)

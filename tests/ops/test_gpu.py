@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.ops import OPS, diffusion_loss, draw, q_sample, use_backend
-from erd_fast.ops.layout import to_patches
+from erd_fast.ops.patchify import patchify
 from erd_fast.ops.q_sample import KINDS
 
 pytestmark = [
@@ -222,7 +222,7 @@ def test_rows_out_of_range_are_nan_and_their_neighbours_as_they_were(backend):
 
 
 def _losses(images: Tensor, weight: Tensor, t: Tensor) -> tuple[Tensor]:
-    result = diffusion_loss(to_patches(2 * images, 2), images, weight, t, patch=2, compute_grad=True)
+    result = diffusion_loss(patchify(2 * images, 2), images, weight, t, patch=2, compute_grad=True)
     assert result.dprediction is not None
     return (result.dprediction,)
 

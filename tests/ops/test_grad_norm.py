@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erd_fast.ops import grad_norm
-from erd_fast.ops.chunks import CHUNK, ChunkTable, Column, Slot
+from erd_fast.ops.tensor_table import CHUNK, Column, Slot, TensorTable
 
 SIZES = (1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 20_000)
 
@@ -41,7 +41,7 @@ def test_dtypes_and_layouts_may_be_mixed():
 @given(st.lists(st.integers(0, 3 * CHUNK), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
 def test_chunks_cover_every_element_once(sizes):
-    table = ChunkTable(torch.device("cpu"))
+    table = TensorTable(torch.device("cpu"))
     table.update([Slot(torch.empty(size)) for size in sizes])
     assert table.rows[:, Column.NUMEL].tolist() == sizes
     covered = [(row, number * CHUNK + i) for row, number in table.places.tolist() for i in (0, CHUNK - 1)]
@@ -51,7 +51,7 @@ def test_chunks_cover_every_element_once(sizes):
 
 
 def test_a_table_changes_in_place_while_the_sizes_do_not():
-    table, first, second = ChunkTable(torch.device("cpu")), torch.zeros(5), torch.zeros(5)
+    table, first, second = TensorTable(torch.device("cpu")), torch.zeros(5), torch.zeros(5)
     table.update([Slot(first)])
     address = table.rows.data_ptr()
     table.update([Slot(second)])

@@ -6,7 +6,7 @@ Token (y // p, x // p) in rows; its feature ((y % p) * p + x % p) * C + c, the o
 from torch import Tensor
 
 
-def to_patches(images: Tensor, patch: int) -> Tensor:
+def patchify(images: Tensor, patch: int) -> Tensor:
     """(N, C, H, W) -> (N, (H / p)(W / p), p * p * C); ``patch`` 0 leaves images as they are."""
     if not patch:
         return images
@@ -16,13 +16,13 @@ def to_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def patch_shape(shape: tuple[int, ...], patch: int) -> tuple[int, ...]:
-    """Shape of :func:`to_patches` of images of ``shape``."""
+    """Shape of :func:`patchify` of images of ``shape``."""
     n, c, h, w = shape
     return ((n, (h // patch) * (w // patch), patch * patch * c)) if patch else shape
 
 
-def to_images(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """The inverse of :func:`to_patches`."""
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`patchify`."""
     if not patch:
         return tokens
     n, _, features = tokens.shape

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from erd_fast.ops.arguments import check_dense
+from erd_fast.ops.checks import check_dense
 
 CHUNK = 8192
 MOST_EMAS = 4
@@ -123,7 +123,7 @@ class Slots(NamedTuple):
         return cls(gradients, parameters, exp_avgs, exp_avg_sqs, copies, emas, [slot.group for slot in slots])
 
 
-class ChunkTable:
+class TensorTable:
     """The table of some slots on a device. Its memory stays while the sizes of the tensors do, so that a captured graph
     may read it.
 
