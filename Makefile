@@ -50,11 +50,11 @@ soak: dev
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy erd_fast tests/fixtures.py build_backend.py setup.py
+	$(BIN)/mypy erd_fast tests/support/fixtures.py build_backend.py setup.py
 	$(BIN)/mypy kernels
 
 fixtures: dev
-	$(BIN)/python tests/fixtures.py out/fixtures
+	PYTHONPATH=tests $(BIN)/python -m support.fixtures out/fixtures
 
 bench: dev
 	$(BIN)/python bench/run.py ops
@@ -83,7 +83,7 @@ wheel: dev
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 wheel-check:
-	$(PYTHON) tests/wheel_check.py
+	$(PYTHON) tests/support/wheel_check.py
 
 clean:
 	rm -rf .venv build dist out runs erd_fast.egg-info .mypy_cache .ruff_cache .pytest_cache

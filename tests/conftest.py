@@ -121,8 +121,8 @@ def at_step(monkeypatch):
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``images`` and ``vae``; tests leave them as they are."""
-    from encoding import COUNT
-    from pictures import image_folder, tiny_vae
+    from support.encoding import COUNT
+    from support.pictures import image_folder, tiny_vae
 
     folder = tmp_path_factory.mktemp("given")
     image_folder(folder / "images", count=COUNT, side=40)
@@ -133,7 +133,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(given: Path) -> dict[str, bytes]:
     """The store ``given/whole`` that an undisturbed encoding makes."""
-    from encoding import content, encode_given
+    from support.encoding import content, encode_given
 
     encode_given(given, given / "whole")
     assert not list(given.glob(".*"))

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoding import COUNT, OPTIONS, content, encode_given
 from erd_fast.autoencoder import Autoencoder, open_autoencoder
 from erd_fast.data import LatentStore
 from erd_fast.errors import ConfigError, DataError
 from erd_fast.prepare.encode import encode
+from support.encoding import COUNT, OPTIONS, content, encode_given
 
 
 @pytest.mark.parametrize("threads", [2, 5])

@@ -3,7 +3,7 @@
 from erd_fast.data import LatentStore
 from erd_fast.data.idx import find_idx
 from erd_fast.data.pictures import open_pictures
-from fixtures import write_fixtures
+from support.fixtures import write_fixtures
 
 
 def test_fixtures_are_stores_of_each_kind_and_images(tmp_path):

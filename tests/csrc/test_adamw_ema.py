@@ -20,7 +20,7 @@ from erd_fast.ops.adamw_ema import (
     advance_reference,
 )
 from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot, TensorTable
-from parity import hold
+from support.parity import hold
 
 HALF_ULP = 2.0**-24
 SIZES = (1, 7, 0, 8191, 8192, 8193, 20000)

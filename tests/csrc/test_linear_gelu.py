@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erd_fast.ops import OPS, gelu_mlp, linear_gelu
 from erd_fast.ops.linear_gelu import _backward_launch, _launch
-from parity import SEEDS, gradients, hold, no_worse
+from support.parity import SEEDS, gradients, hold, no_worse
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from erd_fast.data.check import check_scale, check_store, judge_labels
 from erd_fast.data.store import sha256_of
 from erd_fast.errors import DataError
 from erd_fast.training.loop import train
-from fixtures import latent_store
+from support.fixtures import latent_store
 
 SD = 0.18215
 

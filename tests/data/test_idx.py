@@ -11,7 +11,7 @@ import torch
 from erd_fast.data import LatentStore, open_dataset
 from erd_fast.data.idx import IDX_NAMES, find_idx, import_idx
 from erd_fast.errors import DataError
-from fixtures import idx_bytes, write_fixtures
+from support.fixtures import idx_bytes, write_fixtures
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 7, 5), np.uint8)
 LABELS = np.arange(50) % 4

@@ -19,7 +19,7 @@ from PIL import Image
 from erd_fast.data.pictures import decode, open_pictures
 from erd_fast.data.pictures.crop import centre_crop
 from erd_fast.errors import DataError
-from pictures import COLLECTIONS, add_to_tar, pictures
+from support.pictures import COLLECTIONS, add_to_tar, pictures
 
 WHICH = {"count": 12, "side": 40}
 

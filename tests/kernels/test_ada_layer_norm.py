@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.ada_layer_norm import ada_layer_norm_reference
-from parity import SEEDS, gradients, hold
-from triton_interpreter import Call, interpret
+from support.parity import SEEDS, gradients, hold
+from support.triton_interpreter import Call, interpret
 
 pytest.importorskip("triton")
-aot = pytest.importorskip("triton_aot")
+aot = pytest.importorskip("support.triton_aot")
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 OP, EPS = "ada_layer_norm", 1e-5

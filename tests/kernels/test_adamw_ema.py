@@ -20,11 +20,11 @@ from erd_fast.ops.adamw_ema import (
     update_reference,
 )
 from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot
-from parity import Tensors, hold
-from triton_interpreter import UNIT, Call, around, interpret, within_memory
+from support.parity import Tensors, hold
+from support.triton_interpreter import UNIT, Call, around, interpret, within_memory
 
 pytest.importorskip("triton")
-aot = pytest.importorskip("triton_aot")
+aot = pytest.importorskip("support.triton_aot")
 
 OP = "adamw_ema"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-aot = pytest.importorskip("triton_aot")
+aot = pytest.importorskip("support.triton_aot")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parity import hold
-from triton_interpreter import Call, interpret
+from support.parity import hold
+from support.triton_interpreter import Call, interpret
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
-from triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
+from support.triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
 pytest.importorskip("triton")
 

@@ -7,7 +7,7 @@ import torch
 
 from erd_fast.ops import Draw, draw
 from erd_fast.random import Purpose, Stream, words
-from triton_interpreter import Call, interpret
+from support.triton_interpreter import Call, interpret
 
 pytest.importorskip("triton")
 

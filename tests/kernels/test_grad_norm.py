@@ -10,11 +10,11 @@ from torch import Tensor
 
 from erd_fast.ops.grad_norm import grad_norm_reference
 from erd_fast.ops.tensor_table import CHUNK, Slot
-from parity import hold
-from triton_interpreter import UNIT, Call, interpret, within_memory
+from support.parity import hold
+from support.triton_interpreter import UNIT, Call, interpret, within_memory
 
 pytest.importorskip("triton")
-aot = pytest.importorskip("triton_aot")
+aot = pytest.importorskip("support.triton_aot")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 8191, 8192, 8193, 20000)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parity import SEEDS, hold
-from triton_interpreter import Call, interpret
+from support.parity import SEEDS, hold
+from support.triton_interpreter import Call, interpret
 
 pytest.importorskip("triton")
 
@@ -164,7 +164,7 @@ def test_no_number_overflows(results, case):
 
 
 def test_whole_rows_of_eight_move_as_vectors():
-    aot = pytest.importorskip("triton_aot")
+    aot = pytest.importorskip("support.triton_aot")
     for name, kernels in {"linear_gelu": 1, "linear_gelu backward again": 2, "linear_gelu backward 24 wide": 2}.items():
         found = aot.compile_configuration(name, 90)
         assert len(found) == kernels

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from erd_fast.ops import QSample, q_sample
 from erd_fast.random import Purpose, Stream, normals
-from triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
+from support.triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
 pytest.importorskip("triton")
 

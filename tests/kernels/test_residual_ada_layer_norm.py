@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from erd_fast.ops.residual_ada_layer_norm import residual_ada_layer_norm_reference
-from parity import SEEDS, gradients, hold
-from triton_interpreter import UNIT, Call, interpret
+from support.parity import SEEDS, gradients, hold
+from support.triton_interpreter import UNIT, Call, interpret
 
 pytest.importorskip("triton")
-aot = pytest.importorskip("triton_aot")
+aot = pytest.importorskip("support.triton_aot")
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 OP, EPS = "residual_ada_layer_norm", 1e-6

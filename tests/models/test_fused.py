@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.ops import OPS, use_backend
 from erd_fast.ops.patchify import patchify, unpatchify
-from parity import no_worse
+from support.parity import no_worse
 
 SIZES: dict[str, dict[str, Any]] = {
     "DiT-tiny/2": {"input_size": 8, "in_channels": 3, "num_classes": 10, "depth": 3},

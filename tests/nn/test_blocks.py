@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from erd_fast.nn.blocks import Attention, Mlp, PatchEmbed
 from erd_fast.ops.patchify import patchify
-from parity import no_worse
+from support.parity import no_worse
 
 
 def held(layer: nn.Module, found: Tensor, x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from erd_fast.nn.joined import join, joined_linear
-from parity import no_worse
+from support.parity import no_worse
 
 
 class Noted(TorchDispatchMode):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from erd_fast.ops import OPS, ada_layer_norm, use_backend
 from erd_fast.ops.ada_layer_norm import ada_layer_norm_reference
-from norm_inputs import DEVICE, modulation, tokens
-from parity import gradients, hold
+from support.norm_inputs import DEVICE, modulation, tokens
+from support.parity import gradients, hold
 
 HERE = [name for name in OPS["ada_layer_norm"].backends if OPS["ada_layer_norm"].refusal(name) is None]
 NAMES = ("y", "dx", "dshift", "dscale")

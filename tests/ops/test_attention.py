@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from erd_fast.errors import BackendUnavailableError
 from erd_fast.ops import OPS, attention, choices, explain, use_backend
 from erd_fast.ops.attention import attention_reference
-from parity import errors, gradients, hold, no_worse
+from support.parity import errors, gradients, hold, no_worse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU takes")

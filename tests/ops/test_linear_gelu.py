@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from erd_fast.ops import OPS, explain, gelu_mlp, linear_gelu, use_backend
 from erd_fast.ops.linear_gelu import gelu_mlp_reference, linear_gelu_reference
-from parity import errors, gradients, hold, no_worse
+from support.parity import errors, gradients, hold, no_worse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from erd_fast.ops import OPS, Branch, ada_layer_norm, residual_ada_layer_norm, use_backend
 from erd_fast.ops.residual_ada_layer_norm import rebuild_normalized, residual_ada_layer_norm_reference
-from norm_inputs import modulation, tokens
-from parity import gradients, hold
+from support.norm_inputs import modulation, tokens
+from support.parity import gradients, hold
 
 OP = OPS["residual_ada_layer_norm"]
 HERE = [name for name in OP.backends if OP.refusal(name) is None]

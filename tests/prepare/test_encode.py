@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from encoding import COUNT, OPTIONS, content, encode_given
 from erd_fast import cli
 from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import LatentStore
@@ -19,8 +18,9 @@ from erd_fast.data.pictures import decode, open_pictures
 from erd_fast.errors import ConfigError, DataError, RunError
 from erd_fast.prepare.encode import encode
 from erd_fast.random import Purpose, Stream, normals
-from fixtures import latent_store
-from pictures import COLLECTIONS
+from support.encoding import COUNT, OPTIONS, content, encode_given
+from support.fixtures import latent_store
+from support.pictures import COLLECTIONS
 
 
 def _vae(given: Path):

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoding import COUNT, content, encode_given
 from erd_fast.data import writer
 from erd_fast.errors import DataError, RunError
 from erd_fast.prepare import encode as encode_module
 from erd_fast.prepare.unfinished import Unfinished
-from pictures import image_folder
+from support.encoding import COUNT, content, encode_given
+from support.pictures import image_folder
 
 
 def _fork(call, *arguments) -> int:

@@ -8,7 +8,7 @@ from erd_fast.data import write_store
 from erd_fast.errors import ConfigError
 from erd_fast.training.loop import train
 from erd_fast.training.sample_run import sample_run
-from run_folders import events, same_weights, terminate
+from support.run_folders import events, same_weights, terminate
 
 # Small versions, and the tiny U-Net as it is: its widths are multiples of 32 already.
 ARCHITECTURES = {

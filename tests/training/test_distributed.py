@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from erd_fast.data import LatentStore, open_reader, write_store
 from erd_fast.errors import ConfigError
@@ -22,7 +21,8 @@ from erd_fast.training.build import build_step
 from erd_fast.training.config import RunConfig, TrainConfig
 from erd_fast.training.distributed import Ranks, check_shares, process_group
 from erd_fast.training.loop import train
-from run_folders import events
+from support.ranks import run_ranks
+from support.run_folders import events
 
 STEPS = 50
 COMMON = ["train", "digits", "--train.log-every", "1", "--train.sample-every", "0", "--eval.images", "0"]

@@ -8,7 +8,7 @@ import torch
 from erd_fast.errors import ConfigError
 from erd_fast.ops import OPS
 from erd_fast.training.loop import train
-from run_folders import terminate
+from support.run_folders import terminate
 
 
 def test_a_run_keeps_which_backends_it_took_and_goes_on_with_its_choices(tmp_path, tiny, at_step):

@@ -24,8 +24,8 @@ from erd_fast.training.build import describe
 from erd_fast.training.config import load_config
 from erd_fast.training.loop import train
 from erd_fast.training.sample_run import open_decoder, sample_run
-from fixtures import latent_store
-from run_folders import Killed, checkpoints, die, events, same_weights, terminate
+from support.fixtures import latent_store
+from support.run_folders import Killed, checkpoints, die, events, same_weights, terminate
 
 
 def test_a_seed_is_a_run_bit_for_bit(tmp_path, tiny, training_lines):

@@ -17,7 +17,7 @@ from erd_fast.data import write_store
 from erd_fast.errors import DataError, RunError
 from erd_fast.training.config import config_text, load_config
 from erd_fast.training.loop import train
-from run_folders import Killed, checkpoints, die, events, same_weights, terminate
+from support.run_folders import Killed, checkpoints, die, events, same_weights, terminate
 
 
 @pytest.mark.parametrize(("log_every", "stop"), [(1, 1), (1, 5), (4, 3), (4, 4), (4, 5), (4, 11)])

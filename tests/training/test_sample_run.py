@@ -18,7 +18,7 @@ from erd_fast.sampling import GuidanceInterval
 from erd_fast.training.checkpoint import load_state
 from erd_fast.training.loop import train
 from erd_fast.training.sample_run import find_checkpoint, open_decoder, sample_run
-from pictures import tiny_vae
+from support.pictures import tiny_vae
 
 LABELS = (3, 1, 4, 1, 5)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
 from erd_fast.errors import ConfigError
+from support import foreign
 
 LATENTS = foreign.samples(600, 2, (0.5,) * 4, (1.0,) * 4)
 LABELS = foreign.labels_of(600)

@@ -10,7 +10,7 @@ from erd_fast.data.formats import celeba
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.data.importers import import_dataset
 from erd_fast.errors import DataError
-from fixtures import celeba_folder
+from support.fixtures import celeba_folder
 
 
 @pytest.fixture

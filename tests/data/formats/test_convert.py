@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
 from erd_fast.data import LatentStore, writer
 from erd_fast.data.formats import convert
 from erd_fast.data.formats.convert import write_source
 from erd_fast.data.formats.source import ImportOptions, Source
 from erd_fast.data.importers import import_dataset
 from erd_fast.errors import ConfigError, DataError, RunError
+from support import foreign
 
 SAMPLE = {"kind": "sample"}
 

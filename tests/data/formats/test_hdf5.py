@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
+from support import foreign
 
 
 @pytest.fixture

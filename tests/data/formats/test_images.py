@@ -9,7 +9,7 @@ from PIL import Image
 from erd_fast.data.formats import images
 from erd_fast.data.pictures import decode, open_pictures
 from erd_fast.errors import ConfigError
-from pictures import COLLECTIONS
+from support.pictures import COLLECTIONS
 
 
 @pytest.mark.parametrize("form", COLLECTIONS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import foreign
 from erd_fast.errors import ConfigError
+from support import foreign
 
 PICKLE = {"allow_pickle": True}
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
 from erd_fast.errors import ConfigError
+from support import foreign
 
 PICKLE = {"allow_pickle": True}
 ROW = foreign.moments(1, 4, foreign.SD_SCALE, logvar=True)[0]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
 from erd_fast.data.formats import npy_folders
 from erd_fast.errors import ConfigError
+from support import foreign
 
 PICKLE = {"allow_pickle": True}
 

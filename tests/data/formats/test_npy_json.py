@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import foreign
 from erd_fast.data.check import judge
 from erd_fast.data.formats.registry import open_source
 from erd_fast.data.formats.source import ImportOptions
 from erd_fast.data.statistics import measure_some
 from erd_fast.errors import DataError
+from support import foreign
 
 FIRST, SECOND = (f"00000/img-mean-std-0000000{number}.npy" for number in (0, 1))
 

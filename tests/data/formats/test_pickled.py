@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-import foreign
 from erd_fast.data.formats.npy import read_npy
 from erd_fast.data.formats.pickled import load_numbers
 from erd_fast.errors import DataError
+from support import foreign
 
 NUMBERS = st.one_of(
     st_numpy.floating_dtypes(endianness="?", sizes=(16, 32, 64)),

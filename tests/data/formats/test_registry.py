@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-import foreign
 from erd_fast.cli import main
 from erd_fast.data import LatentStore
 from erd_fast.data.check import check_scale
 from erd_fast.data.formats.registry import FORMATS, open_source
 from erd_fast.data.formats.source import ROWS_AT_ONCE, ImportOptions
 from erd_fast.errors import ConfigError
-from fixtures import celeba_folder
+from support import foreign
+from support.fixtures import celeba_folder
 
 SD = foreign.SD_SCALE
 

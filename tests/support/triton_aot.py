@@ -4,7 +4,7 @@ A configuration is one call of a launcher on tensors of the ``meta`` device. Its
 compiled is what the launcher would launch: the same types, constants, alignments and warps. A new kernel joins by a
 function below with an entry in CONFIGURATIONS; tests/kernels/test_aot.py checks every entry for every architecture.
 
-``python tests/triton_aot.py [op ...]`` prints the table.
+``python tests/support/triton_aot.py [op ...]`` prints the table.
 """
 
 import os

@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import foreign
-import pictures
 from erd_fast.data import LatentKind, LatentStore, write_store
 from erd_fast.data.idx import IDX_NAMES
 from erd_fast.data.importers import import_digits
 from erd_fast.files import make_folder
 from erd_fast.random import Purpose, Stream, normals
+from support import foreign, pictures
 
 
 def write_fixtures(folder: Path) -> list[Path]:

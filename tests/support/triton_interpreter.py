@@ -25,7 +25,7 @@ from torch import Tensor
 
 from erd_fast.ops.tensor_table import Slot, TensorTable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 UNIT = 2.0**-24  # a float32 operation rounds by this, relative
 # What one rounding of a float32 to a type changes, relative and (below the normal range) absolute. bfloat16 is cut off:
 # a whole ulp instead of half.

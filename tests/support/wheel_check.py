@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENVS = ROOT / "build" / "wheel-check"
 TOOLS = ("hypothesis", "pytest", "pytest-xdist")  # in the versions of the dev extra
 LARGEST = 5_000_000  # bytes of the wheel
@@ -117,11 +117,9 @@ def copy_tests(folder: Path) -> None:
     """The tests of ops and kernels with what they share; pyproject.toml is pytest's configuration."""
     shutil.copy(ROOT / "pyproject.toml", folder)
     tests = folder / "tests"
-    for name in ("ops", "kernels"):
+    for name in ("ops", "kernels", "support"):
         shutil.copytree(ROOT / "tests" / name, tests / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in (ROOT / "tests").glob("*.py"):
-        if not file.name.startswith("test_"):
-            shutil.copy(file, tests)
+    shutil.copy(ROOT / "tests" / "conftest.py", tests)
 
 
 def check(version: str, wheel: Path, declared: list[str]) -> Row:

@@ -1,0 +1,1 @@
+"""Helpers that tests share. pytest puts tests/ on the import path: ``from support.parity import hold``."""
