@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 0,
     "files": 1,
     "extras": 1,
+    "latents": 1,
     "numerics": 1,
     "progress": 1,
     "torchrun": 1,
@@ -99,7 +100,7 @@ def test_kernels_import_torch_triton_and_siblings_alone():
             assert dotted.split(".")[0] in KERNELS_MAY_IMPORT, f"{file.name} imports {dotted}"
 
 
-@pytest.mark.parametrize("module", ["erd_fast", "erd_fast.errors"])
+@pytest.mark.parametrize("module", ["erd_fast", "erd_fast.errors", "erd_fast.latents"])
 def test_importing_the_package_is_light(module):
     code = f"import {module}, sys; print([m for m in ('torch', 'triton', 'tyro', 'matplotlib') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

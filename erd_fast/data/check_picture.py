@@ -8,6 +8,7 @@ import torch
 
 from erd_fast.data.statistics import BINS, SPREADS, VALUES, Statistics
 from erd_fast.data.store import LatentStore
+from erd_fast.latents import has_posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ def draw_statistics(store: LatentStore, measured: Statistics) -> bytes:
 
     manifest = store.manifest
     panels = [_values]
-    if manifest.kind.startswith("mean_"):
+    if has_posterior(manifest.kind):
         panels.append(_spreads)
     if manifest.num_classes > 1:
         panels.append(_classes)
@@ -39,7 +40,7 @@ def draw_statistics(store: LatentStore, measured: Statistics) -> bytes:
 
 
 def _values(axes: "Axes", store: LatentStore, measured: Statistics) -> None:
-    of_posterior = store.manifest.kind.startswith("mean_")
+    of_posterior = has_posterior(store.manifest.kind)
     _lines(axes, measured.values.numpy(), VALUES)
     x = np.linspace(*VALUES, 200)
     axes.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color="black", linestyle="--", linewidth=1, label="normal")

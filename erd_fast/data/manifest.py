@@ -8,9 +8,9 @@ import torch
 
 from erd_fast.errors import DataError
 from erd_fast.files import read_json
+from erd_fast.latents import KINDS, LatentKind, stored_channels
 
 FORMAT_VERSION = 1
-LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
 Flip = Literal["none", "mirror", "stored"]
 ADM_CROP = "adm-center"
 """Halved by averages until the shorter side is under twice the wanted one, then bicubic, then the middle square (the
@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def channels_stored(self) -> int:
-        return self.shape[0] * (2 if self.kind.startswith("mean_") else 1)
+        return stored_channels(self.kind, self.shape[0])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -101,7 +101,7 @@ def _check_manifest(manifest: Manifest, file: Path) -> None:
             raise DataError(f"{file}: {field}: given {getattr(manifest, field)!r}, allowed {allowed}")
 
     shape = manifest.shape
-    check("kind", manifest.kind in get_args(LatentKind), ", ".join(get_args(LatentKind)))
+    check("kind", manifest.kind in KINDS, ", ".join(KINDS))
     check("flip", manifest.flip in get_args(Flip), ", ".join(get_args(Flip)))
     check("dtype", manifest.dtype in DTYPES, ", ".join(DTYPES))
     check("dtype", (manifest.dtype == "uint8") == (manifest.kind == "pixels"), "uint8 for pixels and for them alone")

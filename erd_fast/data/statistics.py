@@ -14,13 +14,13 @@ from torch import Tensor
 
 from erd_fast.data.manifest import Manifest
 from erd_fast.data.store import LatentStore
+from erd_fast.latents import LOGVAR_RANGE
 
 VALUES = (-5.0, 5.0)
 """Range of the histograms of values as the model sees them."""
 SPREADS = (-8.0, 2.0)
 """Range of the histograms of log10 std, before scaling."""
 BINS = 100
-_LOGVAR = (-30.0, 20.0)  # diffusers and its predecessors clamp to it
 _LN_10 = math.log(10)
 _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"lowest": torch.minimum, "highest": torch.maximum}
 
@@ -133,7 +133,7 @@ def _halves(stored: Tensor, manifest: Manifest) -> tuple[Tensor, Tensor | None]:
         return values, None
     second = stored[:, channels:]
     if manifest.kind == "mean_logvar":
-        return values, second.clamp(*_LOGVAR) / (2 * _LN_10)
+        return values, second.clamp(*LOGVAR_RANGE) / (2 * _LN_10)
     return values, second.clamp_min(0).clamp_min(1e-30).log10()
 
 

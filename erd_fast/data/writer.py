@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from erd_fast.data.foreign import CLASSES
-from erd_fast.data.manifest import DTYPES, LatentKind, Manifest, Shard
+from erd_fast.data.manifest import DTYPES, Manifest, Shard
 from erd_fast.data.store import LatentStore, sha256_of
 from erd_fast.errors import DataError
 from erd_fast.files import new_folder, whole_file, write_json
+from erd_fast.latents import LatentKind, latent_channels
 
 SHARD_SIZE = 65_536
 
@@ -92,7 +93,7 @@ def write_manifest(
     channels, height, width = example.shape[1:]
     manifest = Manifest(
         kind=kind,
-        shape=(channels // (2 if kind.startswith("mean_") else 1), height, width),
+        shape=(latent_channels(kind, channels), height, width),
         dtype=str(example.dtype).removeprefix("torch."),
         count=sum(shard.count for shard in shards),
         num_classes=num_classes,

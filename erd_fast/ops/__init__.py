@@ -1,5 +1,6 @@
 """The op layer: every op of the engine, each a public function with its definition in a file of the same name."""
 
+from erd_fast.latents import LatentKind
 from erd_fast.ops.ada_layer_norm import ada_layer_norm
 from erd_fast.ops.adamw_ema import adamw_ema
 from erd_fast.ops.attention import attention
@@ -9,7 +10,7 @@ from erd_fast.ops.draw import Draw, draw
 from erd_fast.ops.explain import explain
 from erd_fast.ops.grad_norm import grad_norm
 from erd_fast.ops.linear_gelu import gelu_mlp, linear_gelu
-from erd_fast.ops.q_sample import LatentKind, QSample, q_sample
+from erd_fast.ops.q_sample import QSample, q_sample
 from erd_fast.ops.residual_ada_layer_norm import Branch, residual_ada_layer_norm
 
 __all__ = [

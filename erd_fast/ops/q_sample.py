@@ -1,25 +1,22 @@
 """q_sample: from stored latents to the noisy input and the regression target, in one pass."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from erd_fast.latents import KINDS, LatentKind
+from erd_fast.latents import LOGVAR_RANGE as _LOGVAR_RANGE
+from erd_fast.latents import POSTERIOR_KINDS as _POSTERIOR
 from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
 from erd_fast.ops.declare import Outputs, Pass, declare, reference_needed
 from erd_fast.ops.patchify import check_patch, patch_shape, patchify
 from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 
-LatentKind = Literal["sample", "mean_std", "mean_logvar", "pixels"]
-"""What a store holds: ready samples; VAE mean and std; VAE mean and log-variance; uint8 pixels."""
-
-KINDS = get_args(LatentKind)
-_POSTERIOR = ("mean_std", "mean_logvar")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _REALS = (*_FLOATS, torch.float64)
 _ROWS = (torch.int64, torch.int32)
-_LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of the LDM autoencoder
 
 
 class QSample(NamedTuple):

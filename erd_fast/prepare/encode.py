@@ -23,6 +23,7 @@ from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import write_manifest, write_shard
 from erd_fast.errors import ConfigError, DataError, RunError
 from erd_fast.files import read_json, write_bytes, write_json
+from erd_fast.latents import FloatKind
 from erd_fast.prepare.contact_sheet import contact_sheet
 from erd_fast.prepare.unfinished import Unfinished
 from erd_fast.progress import Progress
@@ -41,7 +42,7 @@ class EncodeOptions:
 
     size: int = 256
     """Pixels of a side: what is cut out of each image, around its middle (the crop of ADM and DiT)."""
-    kind: Literal["mean_std", "mean_logvar", "sample"] = "mean_std"
+    kind: FloatKind = "mean_std"
     """What is kept of the posterior: mean and std, mean and log-variance, or one draw, half as large."""
     flip: Literal["none", "stored"] = "none"
     """stored: each image is followed by its mirror image, encoded for itself."""

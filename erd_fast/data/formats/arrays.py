@@ -21,6 +21,7 @@ from erd_fast.data.foreign import ZIP_ERRORS, reading
 from erd_fast.data.formats.npy import Header, read_header, read_npy, refuse_objects
 from erd_fast.data.formats.source import ROWS_AT_ONCE, Batches, ImportOptions, Source, as_floats, as_labels
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.latents import FLOAT_KINDS
 
 _PIXEL_CHANNELS = (1, 3)
 
@@ -135,7 +136,7 @@ def _kind(src: Path, header: Header, options: ImportOptions) -> Any:
     as_floats(np.empty(0, header.dtype), src)
     if options.kind is None:
         raise ConfigError(
-            f"kind: given none for the floats of {src}, allowed sample, mean_std, mean_logvar: numbers do not say it"
+            f"kind: given none for the floats of {src}, allowed {', '.join(FLOAT_KINDS)}: numbers do not say it"
         )
     return options.kind
 

@@ -18,6 +18,7 @@ from erd_fast.data.manifest import DTYPES
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import SHARD_SIZE, write_store
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.latents import has_posterior, latent_channels
 from erd_fast.progress import Progress
 
 _SHARD_BYTES = 1 << 29  # a shard is held in memory
@@ -57,7 +58,7 @@ def _write(source: Source, src: Path, dst: Path, options: ImportOptions, progres
 
 
 def _check_shape(latents: NDArray[Any], source: Source, src: Path) -> None:
-    if source.kind.startswith("mean_") and latents.shape[1] % 2:
+    if has_posterior(source.kind) and latents.shape[1] % 2:
         raise DataError(f"{src}: given {latents.shape[1]} channels, allowed an even number for {source.kind}")
 
 
@@ -79,7 +80,7 @@ def _described(source: Source, stored: int, src: Path, options: ImportOptions) -
         return fields
     if source.flip == "mirror":
         raise ConfigError(f"flip: given mirror, allowed for pixels; {src} holds latents")
-    channels = stored // 2 if source.kind.startswith("mean_") else stored
+    channels = latent_channels(source.kind, stored)
     return fields | {name: _per_channel(name, channels, source, src, options) for name in ("scale", "shift")}
 
 

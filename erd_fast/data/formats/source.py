@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from erd_fast.data.manifest import Flip, LatentKind
+from erd_fast.data.manifest import Flip
 from erd_fast.errors import ConfigError, DataError
+from erd_fast.latents import FloatKind, LatentKind
 
 ROWS_AT_ONCE = 256
 SD_SCALE = 0.18215
@@ -41,7 +42,7 @@ class ImportOptions:
     """uvit, maskdit-webdataset, lightningdit: take the arrays out of their pickles, and nothing else."""
     split: Literal["train", "val"] = "train"
     """erd-hdf5, maskdit-lmdb: which part."""
-    kind: Literal["sample", "mean_std", "mean_logvar"] | None = None
+    kind: FloatKind | None = None
     """numpy: what floats are. Bytes are pixels."""
     flip: Flip | None = None
     """numpy, maskdit-webdataset, images: are mirrored copies stored, or pixels to be mirrored in training? Default
