@@ -33,13 +33,13 @@ from erd_fast.benchmark.records import Record, machine, table
 from erd_fast.benchmark.stages import Rows, Runner, Stage, stopped_by_signals
 from erd_fast.benchmark.step_cases import StepCase, make_problem
 from erd_fast.benchmark.step_check import check, witness
-from erd_fast.benchmark.step_ours import IN_FLOAT16, OURS
+from erd_fast.benchmark.step_ours import IN_FLOAT16, OURS, Ours
 from erd_fast.benchmark.timing import captured, interleaved, wall
 from erd_fast.benchmark.workload import Variant
 from erd_fast.errors import ErdFastError, RunError
 from erd_fast.files import make_folder, write_json, write_text
 from erd_fast.numerics import allow_reduced_precision_reductions
-from erd_fast.ops import backends, choices
+from erd_fast.ops.availability import extension_unavailable
 from erd_fast.training.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,12 +160,12 @@ def device() -> torch.device:
 def build_extension(rows: Rows) -> None:
     """Build the compiled extension in place, only for this GPU, unless there is one that loads and runs here."""
     needed = device().type
-    reason, built = "; ".join(backends.absence(needed) or ()), False
+    reason, built = str(extension_unavailable(needed) or ""), False
     if reason:
         architecture = "".join(map(str, torch.cuda.get_device_capability())) if needed == "cuda" else ""
         chosen = {"ERD_FAST_CUDA_ARCHS": architecture} if architecture else {"ERD_FAST_CUDA": "0"}
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=os.environ | chosen)
-        code = f"from erd_fast.ops import backends; print('; '.join(backends.absence({needed!r}) or ()))"
+        code = f"from erd_fast.ops.availability import *; print(extension_unavailable({needed!r}) or '')"
         probe = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         failure = probe.stderr[-500:] or f"loading it ended with exit status {probe.returncode}"
         reason, built = failure if probe.returncode else probe.stdout.strip(), True
@@ -217,7 +217,8 @@ def measure_step(case: StepCase, variant: str, rows: Rows, *, seconds: float, wa
         return
     (timing,) = interleaved([bench_step.sampler_of(trainer)], seconds, bench_step.LEAST_RUNS)
     record = bench_step.record_of(case, variant, facts, None, timing, problem.device)
-    write_record(rows, record, checked=False, ready_s=ready_s, choices=choices.stored())
+    choices = trainer.tuner.choices(problem.device) if isinstance(trainer, Ours) else {}
+    write_record(rows, record, checked=False, ready_s=ready_s, choices=choices)
     evidence = witness(trainer)
     del trainer
     bench_step.make_room()

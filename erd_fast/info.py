@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
         "cache": str(cache_dir()),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ERD_FAST_")},
         "ops": {
-            name: {backend: _state(op, backend) for backend in dict.fromkeys((*op.backends[:-1], *ops.BACKENDS))}
+            name: {backend: _state(op, backend) for backend in dict.fromkeys((*op.backends, *ops.BACKENDS))}
             for name, op in sorted(ops.OPS.items())
         },
     }
@@ -57,8 +57,8 @@ def describe() -> str:
 
 def _state(op: Any, backend: str) -> dict[str, Any]:
     """Whether the op can run on the backend here; if not, why, and what to do."""
-    refusal = op.refusal(backend)
-    return {"available": refusal is None, "reason": "; ".join(refusal) if refusal else "can run"}
+    reason = op.why_not(backend)
+    return {"available": reason is None, "reason": str(reason or "can run")}
 
 
 def _version(package: str) -> str:

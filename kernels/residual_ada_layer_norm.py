@@ -323,7 +323,7 @@ def forward(
 def backward(
     dx_out: Tensor | None,
     dy: Tensor,
-    x: Tensor,
+    before_x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
     before_branch: Tensor | None,
@@ -343,13 +343,13 @@ def backward(
     Args:
         dx_out: (N, T, D) contiguous, of x's dtype; None is 0.
         dy: (N, T, D) contiguous, of y's dtype.
-        x, branch, gate, scale, offset, mean, rstd: as in the forward pass, whose x_out is made again from them.
-        before_branch, before_gate: given, they make the forward pass's x from the ``x`` given here in the same way.
+        branch, gate, scale, offset, mean, rstd: as in the forward pass, whose x_out is recomputed from x and them.
+        before_x: x; or, with before_branch and before_gate, what x is computed from in the same way.
         dx: (N, T, D) out, of x's dtype. dbranch: (N, T, D) out, of branch's dtype.
         dgate, dshift, dscale: (N, D) fp32 out; dgate may be None.
     """
-    samples, tokens, width = x.shape
-    if x.numel() == 0:
+    samples, tokens, width = before_x.shape
+    if before_x.numel() == 0:
         for output in (dshift, dscale, dgate):
             if output is not None:
                 output.zero_()
@@ -357,16 +357,16 @@ def backward(
     chunks = triton.cdiv(tokens, _CHUNK)
     parts = dshift, dscale, dgate
     if chunks > 1:
-        workspace = torch.empty((3, chunks, samples, width), dtype=torch.float32, device=x.device)
+        workspace = torch.empty((3, chunks, samples, width), dtype=torch.float32, device=before_x.device)
         parts = workspace[0], workspace[1], None if dgate is None else workspace[2]
-    read = (x, dy, branch, dx_out, before_branch)
+    read = (before_x, dy, branch, dx_out, before_branch)
     elements = aligned_elements(width, (*read, dx, dbranch), (gate, before_gate, scale, *parts))
     num_warps = _warps(_BACKWARD_WARPS, width, elements)
     blocks = blocks_of(width, 64 * num_warps)  # two elements a thread: asynchronous copies are of four bytes or more
     _residual_ada_layer_norm_bwd_kernel[(samples * chunks,)](
         dx_out,
         dy,
-        x,
+        before_x,
         branch,
         gate,
         before_branch,

@@ -44,7 +44,7 @@ class AttentionCase:
         return ("eager", "compile")
 
     def backends(self, device: torch.device) -> tuple[str, ...]:
-        return OPS["attention"].backends
+        return tuple(OPS["attention"].backends)
 
     def build(self, device: torch.device) -> Workload:
         return _workload(self, device)

@@ -14,7 +14,7 @@ from erd_fast.benchmark.timing import timing_of
 from erd_fast.data import Batch, LatentStore, Loader, open_reader
 from erd_fast.errors import ConfigError
 from erd_fast.models import model_flops
-from erd_fast.ops import OPS, choices
+from erd_fast.ops import Autotuner, autotune, record
 from erd_fast.training.build import build_step
 from erd_fast.training.config import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from erd_fast.training.graph import StepGraph
@@ -49,10 +49,17 @@ def bench_steps(
             leave_out(loader, error)
             continue
         step = build_step(config, store, device)
-        with choices.probing():
+        tuner = Autotuner()
+        with autotune(tuner):
             step.rehearse(step.micro_batch)
+        tuner.timing = False
         graph, speed = StepGraph(step), Speed(model_flops(step.model), device, config.train.precision)
-        with contextlib.closing(_timed(reader.batches(step.plan, 0), speed)) as batches, contextlib.closing(graph):
+        with (
+            autotune(tuner),
+            record() as recording,
+            contextlib.closing(_timed(reader.batches(step.plan, 0), speed)) as batches,
+            contextlib.closing(graph),
+        ):
             for _ in range(_WARM_UP):
                 graph(batches)
             logged = [_interval(graph, batches, speed, batch_size, steps) for _ in range(_INTERVALS)]
@@ -61,7 +68,7 @@ def bench_steps(
             "data/step",
             case,
             loader,
-            backends_used(tuple(OPS)),
+            backends_used(recording),
             **dataclasses.asdict(timing),
             images_per_sec=batch_size / timing.median_s,
             wait_pct=statistics.median(line["data_wait_pct"] for line in logged),

@@ -2,7 +2,6 @@
 is timed."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import re
@@ -22,7 +21,8 @@ from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.timing import Sampler, Timing, captured, interleaved, wall
 from erd_fast.benchmark.workload import Case, Deviation, Tensors, Variant, Workload, call_of, running
 from erd_fast.errors import BackendUnavailableError, ConfigError, RunError
-from erd_fast.ops import OPS, choices, use_backend
+from erd_fast.ops import OPS, Autotuner, Recording, autotune, record, use_backend
+from erd_fast.ops.core.backend import External
 from erd_fast.training.metrics import peak_tflops
 
 SECONDS = 0.3
@@ -137,7 +137,7 @@ def bench_case(
             if failed is not None:
                 failed(variant, error)
                 continue
-            others = any(variant.backend in OPS[op].libraries for op in case.ops)
+            others = any(isinstance(OPS[op].backends.get(variant.backend), External) for op in case.ops)
             if variant.ours and not others and not isinstance(error, (torch.OutOfMemoryError, BackendUnavailableError)):
                 raise
             leave_out(str(variant), error)
@@ -156,7 +156,7 @@ def leave_out(what: str, error: Exception) -> None:
 
 def variants_of(case: Case, device: torch.device) -> list[Variant]:
     """Baselines, then ours on each backend that is here."""
-    here = [name for name in case.backends(device) if not name or all(OPS[op].refusal(name) is None for op in case.ops)]
+    here = [name for name in case.backends(device) if not name or all(OPS[op].why_not(name) is None for op in case.ops)]
     return [*map(Variant, case.baselines(device)), *(Variant("erd-fast", name) for name in here)]
 
 
@@ -190,27 +190,27 @@ def refuse_off(where: str, deviations: Iterable[Deviation]) -> None:
 
 
 def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors, device: torch.device) -> _Prepared:
+    tuner = Autotuner(timing=variant.ours and not variant.backend)
     with running(workload, variant):
         call = call_of(workload, variant)
-        for op in case.ops:
-            OPS[op].used = None
-        with choices.probing() if variant.ours and not variant.backend else contextlib.nullcontext():
+        with autotune(tuner), record() as recording:
             deviations = check(case, workload, variant, call(0), expected)
-        ran = variant.backend or (backends_used(case.ops) if variant.ours else "")
+        tuner.timing = False
+        ran = variant.backend or (backends_used(recording) if variant.ours else "")
         peak_bytes = _peak_bytes(lambda: call(0)) if device.type == "cuda" else None
         calls = [functools.partial(call, copy) for copy in range(workload.copies)]
         sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
 
     def take() -> float:
-        with running(workload, variant):
+        with running(workload, variant), autotune(tuner):
             return sampler.take()
 
     return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes, [deviation.error for deviation in deviations])
 
 
-def backends_used(ops: tuple[str, ...]) -> str:
-    """Which backends ran, in the form that ``use_backend`` takes: ``triton,attention=cudnn``."""
-    used = {op: OPS[op].used for op in ops if OPS[op].used}
+def backends_used(recording: Recording) -> str:
+    """Which backends ran last, in the form that ``use_backend`` takes: ``triton,attention=cudnn``."""
+    used = {op: recording.backends[op][-1] for op in OPS if op in recording.backends}
     if not used:
         return ""
     most = collections.Counter(used.values()).most_common(1)[0][0]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.benchmark.workload import Tensors, Workload, Wrap, elementwise
-from erd_fast.ops import OPS, adamw_ema, grad_norm
+from erd_fast.ops import adamw_ema, grad_norm
 from erd_fast.ops.adamw_ema import COLUMNS, Setting, StepState
-from erd_fast.ops.backends import asked_for
+from erd_fast.ops.core.selection import requested
 from erd_fast.ops.tensor_table import Slot, TensorTable
 
 SIZES = (32, 128)
@@ -99,7 +99,7 @@ def _adamw_ema(case: OptimizerCase, device: torch.device) -> Workload:
     begun: dict[str | None, _Training] = {}
 
     def ours(copy: int) -> Tensors:
-        backend = asked_for("adamw_ema", OPS["adamw_ema"].backends)
+        backend = requested("adamw_ema")
         if backend not in begun:
             begun[backend] = _ours(case, gradients, device)
         return begun[backend].stepped()

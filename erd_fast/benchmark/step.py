@@ -23,7 +23,7 @@ from erd_fast.benchmark.timing import Sampler, Timing, interleaved, wall
 from erd_fast.errors import BackendUnavailableError, RunError
 from erd_fast.models import model_flops
 from erd_fast.numerics import is_out_of_memory
-from erd_fast.ops import OPS
+from erd_fast.ops import record
 
 SECONDS = 5.0
 _MATMUL_SECONDS = 0.3
@@ -230,18 +230,17 @@ def _fits(problem: Problem, name: str) -> bool:
 def begin(problem: Problem, name: str) -> tuple[Trainer, Facts]:
     """The variant called ``name`` after its first steps, and what is known of it."""
     on_gpu, batch = problem.device.type == "cuda", problem.config.train.batch_size
-    for op in OPS.values():
-        op.used = None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    trainer = make_trainer(problem, name)
-    for _ in range(_WARM_UP[problem.device.type]):
-        trainer.step()
+    with record() as recording:
+        trainer = make_trainer(problem, name)
+        for _ in range(_WARM_UP[problem.device.type]):
+            trainer.step()
     if isinstance(trainer, Ours) and not trainer.is_as_named:
         raise RunError(f"bench: {name}: the step was not captured as a CUDA graph, see the warning")
     peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else None
-    return trainer, Facts(backends_used(tuple(OPS)), peak_bytes, batch, 3 * batch * model_flops(trainer.model))
+    return trainer, Facts(backends_used(recording), peak_bytes, batch, 3 * batch * model_flops(trainer.model))
 
 
 def sampler_of(trainer: Trainer) -> Sampler:

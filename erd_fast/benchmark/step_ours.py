@@ -13,7 +13,7 @@ from erd_fast.benchmark.step_baselines import TorchOptimizer, TorchProcess, aver
 from erd_fast.benchmark.step_cases import Draws, Problem
 from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.numerics import allow_reduced_precision_reductions
-from erd_fast.ops import choices
+from erd_fast.ops import Autotuner, autotune
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.build import make_optimizer, make_process, set_numerics
 from erd_fast.training.config import RunConfig
@@ -74,14 +74,17 @@ class Ours:
         if name == _NO_OPTIMIZER:
             step.optimizer = cast(Any, _torch_optimizer(config, optimizer, self.model))
         self.optimizer: AdamWEMA | TorchOptimizer = step.optimizer
-        with choices.probing():
+        self.tuner = Autotuner(captured=config.train.cuda_graph)
+        with autotune(self.tuner):
             step.rehearse(step.micro_batch)
+        self.tuner.timing = False
         self._step, self._graph = step, StepGraph(step)
         self._batches = itertools.repeat(problem.batch)
 
     def step(self) -> Tensor:
         allow_reduced_precision_reductions(False)
-        return self._graph(self._batches)
+        with autotune(self.tuner):
+            return self._graph(self._batches)
 
     @property
     def is_as_named(self) -> bool:

@@ -1,5 +1,6 @@
 """What all readers have in common: plans, batches, and a thread that reads ahead."""
 
+import contextvars
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator
@@ -42,13 +43,14 @@ class Made(NamedTuple):
 
 
 def read_ahead(read: Callable[[int], Made], start: int, name: str) -> Generator[Batch, None, None]:
-    """What ``read(start)``, ``read(start + 1)``, ... made, called by a thread before they are asked for. What the
-    current stream does from here on may use it."""
+    """What ``read(start)``, ``read(start + 1)``, ... made, called by a thread before they are asked for, in a copy of
+    the caller's context. What the current stream does from here on may use it."""
+    context = contextvars.copy_context()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix=name) as pool:
         ahead: deque[Future[Made]] = deque()
         try:
             for number in itertools.count(start):
-                ahead.append(pool.submit(read, number))
+                ahead.append(pool.submit(context.run, read, number))
                 if len(ahead) > _LOOK_AHEAD:
                     yield _taken_over(*ahead.popleft().result())
         finally:

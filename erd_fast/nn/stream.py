@@ -1,6 +1,7 @@
 """The residual stream of a transformer: each branch's end is one pass with the normalisation that follows it."""
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.nn.rebuild import rebuilt
-from erd_fast.ops import OPS, Branch, ada_layer_norm, residual_ada_layer_norm, use_backend
+from erd_fast.ops import Branch, ada_layer_norm, residual_ada_layer_norm
 from erd_fast.ops.residual_ada_layer_norm import rebuild_normalized
 
 
@@ -54,7 +55,7 @@ class Stream:
         """Go on with another stream, ``x``, whose normalisation comes first."""
         self.x, self._source = x, None
         self.y = ada_layer_norm(x, **norm._asdict(), dtype=self.dtype)
-        self._keep("ada_layer_norm", x, norm)
+        self._keep(x, norm)
 
     def branch(self, layer: Callable[[Tensor], Tensor], gate: Tensor | None, norm: Norm) -> None:
         """x <- x + gate layer(y), y <- norm(x); a gate that is None is 1."""
@@ -63,10 +64,10 @@ class Stream:
         self.x, self.y = residual_ada_layer_norm(before, out, gate, source=self._source, **how)
         if self._source is None and torch.is_grad_enabled():  # this stream is kept as it was before the branch
             self._source = Branch(before, out, gate)
-            self._keep("residual_ada_layer_norm", self._source, norm)
+            self._keep(self._source, norm)
         else:  # and this one will be by the next branch
             self._source = None
-            self._keep("residual_ada_layer_norm", self.x, norm)
+            self._keep(self.x, norm)
 
     def last_branch(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """x + layer(y), where no normalisation follows."""
@@ -76,13 +77,13 @@ class Stream:
         with contextlib.nullcontext() if self._again is None else rebuilt(self.y, self._again):
             return layer(self.y)
 
-    def _keep(self, op: str, made_of: Tensor | Branch, norm: Norm) -> None:
-        """How the y that ``op`` gave is made again: of a stream that is kept, or of what a stream was made of. By the
-        same backend: the backward pass may run in a thread that knows of no choice."""
+    def _keep(self, made_of: Tensor | Branch, norm: Norm) -> None:
+        """How y is recomputed: from a stream that is kept, or from what a stream was made of. In the context of the
+        forward pass, so by the same backend: the backward pass may run in a thread that has no ``use_backend``."""
         self._again = None
-        if self.recompute and torch.is_grad_enabled():
-            backend = OPS[op].used or "auto"
-            self._again = functools.partial(_normalized, _detached(made_of), norm.detached(), self.dtype, backend)
+        if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            run = contextvars.copy_context().run
+            self._again = functools.partial(run, _normalized, _detached(made_of), norm.detached(), self.dtype)
 
 
 def _detached(made_of: Tensor | Branch) -> Tensor | Branch:
@@ -93,8 +94,7 @@ def _detached(made_of: Tensor | Branch) -> Tensor | Branch:
 
 
 @torch.no_grad()
-def _normalized(made_of: Tensor | Branch, norm: Norm, dtype: torch.dtype, backend: str) -> Tensor:
-    with use_backend(ada_layer_norm=backend, residual_ada_layer_norm=backend):
-        if isinstance(made_of, Tensor):
-            return ada_layer_norm(made_of, **norm._asdict(), dtype=dtype)
-        return rebuild_normalized(made_of, **norm._asdict(), dtype=dtype)
+def _normalized(made_of: Tensor | Branch, norm: Norm, dtype: torch.dtype) -> Tensor:
+    if isinstance(made_of, Tensor):
+        return ada_layer_norm(made_of, **norm._asdict(), dtype=dtype)
+    return rebuild_normalized(made_of, **norm._asdict(), dtype=dtype)

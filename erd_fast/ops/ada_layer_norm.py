@@ -1,14 +1,14 @@
 """ada_layer_norm: LayerNorm without parameters of its own, then a scale and a shift for each sample."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erd_fast.ops.checks import autocast_dtype, check_device, check_dtype, check_shape
-from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
+from erd_fast.ops.core.backend import Triton
+from erd_fast.ops.core.op import Op, Pass, reference_needed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192
@@ -45,7 +45,7 @@ def ada_layer_norm(
     dtype = output_dtype("ada_layer_norm", x, dtype)
     if reference_needed():
         return ada_layer_norm_reference(x, shift, scale, offset=offset, eps=eps, dtype=dtype)
-    return _op(x.contiguous(), shift, scale, offset, eps, dtype)[0]
+    return _op(x=x.contiguous(), shift=shift, scale=scale, offset=offset, eps=eps, dtype=dtype).y
 
 
 def ada_layer_norm_reference(
@@ -109,14 +109,30 @@ def output_dtype(op: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def normalized(x: Tensor, shift: Tensor, scale: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Outputs:
-    """(y, mean, rstd) in PyTorch."""
+class Normalized(NamedTuple):
+    """y, and the mean and 1 / sqrt(var + eps) of each token in float32."""
+
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class _Gradients(NamedTuple):
+    dx: Tensor
+    dshift: Tensor
+    dscale: Tensor
+
+
+def normalized(x: Tensor, shift: Tensor, scale: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Normalized:
+    """y, mean and rstd in PyTorch."""
     normal, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
     y = torch.addcmul(shift.float()[:, None], normal, (offset + scale.float())[:, None], out=normal)
-    return y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return Normalized(y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1))
 
 
-def normalized_backward(dy: Tensor, x: Tensor, scale: Tensor, offset: float, mean: Tensor, rstd: Tensor) -> Outputs:
+def normalized_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, offset: float, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dshift, dscale) in PyTorch, float32."""
     x, dy, mean, rstd = x.float(), dy.float(), mean[..., None], rstd[..., None]
     dnormal = dy * (offset + scale.float())[:, None]
@@ -136,57 +152,22 @@ def sums(x: Tensor) -> Tensor:
     return torch.empty((x.shape[0], x.shape[2]), dtype=torch.float32, device=x.device)
 
 
-def _outputs(x: Tensor, *flat: Any) -> Outputs:
-    return torch.empty(x.shape, dtype=flat[-1], device=x.device), statistics(x), statistics(x)
+def _empty(x: Tensor, dtype: torch.dtype, **_: Any) -> Normalized:
+    return Normalized(torch.empty(x.shape, dtype=dtype, device=x.device), statistics(x), statistics(x))
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs[:-1], *outputs)
+def _backward(dy: Tensor, x: Tensor, scale: Tensor, offset: float, mean: Tensor, rstd: Tensor) -> _Gradients:
+    dx, dshift, dscale = normalized_backward(dy, x, scale, offset, mean, rstd)
+    return _Gradients(dx.to(x.dtype), dshift, dscale)
 
 
-def _backward_body(dy: Tensor, x: Tensor, *flat: Any) -> Outputs:
-    dx, dshift, dscale = normalized_backward(dy, x, *flat)
-    return dx.to(x.dtype), dshift, dscale
+def _backward_empty(x: Tensor, **_: Any) -> _Gradients:
+    return _Gradients(torch.empty_like(x), sums(x), sums(x))
 
 
-def _backward_outputs(dy: Tensor, x: Tensor, *flat: Any) -> Outputs:
-    return torch.empty_like(x), sums(x), sums(x)
-
-
-def _launch_backward(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs, *outputs)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, _, scale, ctx.offset, *_, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, *output[1:])
-
-
-def _backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 6
-    x, scale, mean, rstd = ctx.saved_tensors
-    gradients = _op.differentiate(dy.contiguous(), x, scale, ctx.offset, mean, rstd, backend=ctx.backend)
-    dx, dshift, dscale = gradients
-    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype), None, None, None
-
-
-_op = declare(
+_op = Op(
     "ada_layer_norm",
-    Pass(
-        "(Tensor x, Tensor shift, Tensor scale, float offset, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-        normalized,
-        _outputs,
-        _launch,
-    ),
-    backward=Pass(
-        "(Tensor dy, Tensor x, Tensor scale, float offset, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
-        _backward_body,
-        _backward_outputs,
-        _launch_backward,
-    ),
-    gradient=Gradient(_setup_context, _backward),
-    backends=("triton",),
+    Pass(normalized, _empty),
+    backward=Pass(_backward, _backward_empty),
+    backends=(Triton(),),
 )

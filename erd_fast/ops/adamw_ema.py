@@ -6,13 +6,14 @@ this step, then every chunk is *updated* by them. Nothing is read back, so that 
 
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.core.backend import Extension, Triton
+from erd_fast.ops.core.op import Op, Pass
 from erd_fast.ops.tensor_table import CHUNK, FORMATS, MOST_EMAS, Column, Slot, Slots, TensorTable
 
 
@@ -129,7 +130,17 @@ def adamw_ema(
         for column, tensors in zip(_COLUMNS_OF_LISTS, lists[:5], strict=True):
             table.check("adamw_ema", column, tensors)
         table.check("adamw_ema", Column.EMA, lists.emas, step=decays)
-    _op(table.rows, table.places, CHUNK, settings, norm, growth_interval, decays, *state, *lists)
+    _op(
+        rows=table.rows,
+        places=table.places,
+        chunk=CHUNK,
+        settings=settings,
+        norm=norm,
+        growth_interval=growth_interval,
+        decays=decays,
+        **state._asdict(),
+        **lists._asdict(),
+    )
 
 
 def advance_reference(settings: Tensor, norm: Tensor, growth_interval: int, state: StepState) -> None:
@@ -198,7 +209,7 @@ def update_reference(slot: Slot, factors: Sequence[float]) -> None:
         slot.copy.copy_(p)
 
 
-def _body(
+def _forward(
     rows: Tensor,
     places: Tensor,
     chunk: int,
@@ -216,7 +227,7 @@ def _body(
     copies: list[Tensor],
     emas: list[Tensor],
     groups: list[int],
-) -> Outputs:
+) -> None:
     advance_reference(settings, norm, growth_interval, StepState(counts, scalars, factors))
     table = factors.tolist()
     for number, group in enumerate(groups):
@@ -225,34 +236,18 @@ def _body(
             own = tuple(emas[number * decays : (number + 1) * decays])
             moments = exp_avgs[number], exp_avg_sqs[number]
             update_reference(Slot(gradients[number], parameters[number], *moments, copy, own), table[group])
-    return ()
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs[:10])
-
-
-def _reason_against(*flat: Any) -> str | None:
-    """Kernels take addresses for what the table says: float32 but for gradients and copies."""
-    scalars, gradients, parameters = flat[8], flat[10], flat[11]
+def _rule(scalars: Tensor, gradients: list[Tensor], parameters: list[Tensor], **_: Any) -> str | None:
+    """Kernels read addresses as the dtypes that the table has: float32 but for gradients and copies."""
     if scalars.dtype != torch.float32 or any(parameter.dtype != torch.float32 for parameter in parameters):
         return "parameters and what is counted are not all float32"
     return None if all(gradient.dtype in FORMATS for gradient in gradients) else "gradients in float64 are PyTorch's"
 
 
-_op = declare(
+_MUTATED = ("counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas")
+_op = Op(
     "adamw_ema",
-    Pass(
-        "(Tensor rows, Tensor places, int chunk, Tensor settings, Tensor norm, int growth_interval, int decays, "
-        "Tensor(a!) counts, Tensor(b!) scalars, Tensor(c!) factors, Tensor[] gradients, Tensor(d!)[] parameters, "
-        "Tensor(e!)[] exp_avgs, Tensor(f!)[] exp_avg_sqs, Tensor(g!)[] copies, Tensor(h!)[] emas, int[] groups) -> ()",
-        _body,
-        lambda *flat: (),
-        _launch,
-        dict.fromkeys(("cuda", "triton", "cpu"), _reason_against),
-        mutates=(
-            "counts", "scalars", "factors", "parameters", "exp_avgs", "exp_avg_sqs", "copies", "emas"
-        ),
-    ),
-    backends=("cuda", "triton", "cpu"),
-)  # fmt: skip
+    Pass(_forward, lambda **_: (), mutates=_MUTATED),
+    backends=(Extension("cuda", _rule), Triton(_rule), Extension("cpu", _rule)),
+)

@@ -1,13 +1,13 @@
 """diffusion_loss: the weighted mean squared error of a batch, its parts, and its gradient, in one pass."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
-from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
+from erd_fast.ops.core.backend import Extension, Triton
+from erd_fast.ops.core.op import Op, Pass, reference_needed
 from erd_fast.ops.patchify import check_patch, patch_shape, patchify, unpatchify
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,26 +73,30 @@ def diffusion_loss(
     _check_scale(prediction, loss_scale, for_autograd)
     if for_autograd and compute_grad is None and prediction.dtype == torch.float16:
         loss_scale = _kept_scale(batch_size or target.shape[0], target)
-    flat = (
-        prediction.contiguous(),
-        target.contiguous(),
-        weight.contiguous(),
-        None if t_index is None else t_index.long().contiguous(),
-        num_bins,
-        batch_size or target.shape[0],
-        patch,
-        bool(compute_grad or for_autograd),
-        loss_scale,
-    )
+    batch_size = batch_size or target.shape[0]
+    t_index = None if t_index is None else t_index.long().contiguous()
+    prediction, target, weight = prediction.contiguous(), target.contiguous(), weight.contiguous()
     if reference_needed(target, weight):
         if compute_grad:
             raise ValueError(
                 "diffusion_loss: compute_grad: given True within a transform, or with a target or weight that "
                 "requires a gradient; allowed None, with autograd"
             )
-        return diffusion_loss_reference(*flat[:4], num_bins=num_bins, batch_size=batch_size, patch=patch)
-    loss, per_sample, bin_sum, bin_count, dprediction = _op(*flat)
-    return DiffusionLoss(loss, per_sample, bin_sum, bin_count, dprediction if compute_grad else None)
+        return diffusion_loss_reference(
+            prediction, target, weight, t_index, num_bins=num_bins, batch_size=batch_size, patch=patch
+        )
+    found = _op(
+        prediction=prediction,
+        target=target,
+        weight=weight,
+        t_index=t_index,
+        num_bins=num_bins,
+        batch_size=batch_size,
+        patch=patch,
+        compute_grad=bool(compute_grad or for_autograd),
+        loss_scale=loss_scale,
+    )
+    return found if compute_grad else found._replace(dprediction=None)
 
 
 def diffusion_loss_reference(
@@ -180,13 +184,7 @@ def _check_scale(prediction: Tensor, loss_scale: Tensor | None, for_autograd: bo
         )
 
 
-_SCHEMA = (
-    "(Tensor prediction, Tensor target, Tensor weight, Tensor? t_index, int num_bins, int batch_size, int patch, "
-    "bool compute_grad, Tensor? loss_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _body(
+def _forward(
     prediction: Tensor,
     target: Tensor,
     weight: Tensor,
@@ -196,12 +194,12 @@ def _body(
     patch: int,
     compute_grad: bool,
     loss_scale: Tensor | None,
-) -> Outputs:
+) -> DiffusionLoss:
     result = diffusion_loss_reference(
         prediction, target, weight, t_index, num_bins=num_bins, batch_size=batch_size, patch=patch
     )
     if not compute_grad:
-        return (*result[:4], prediction.new_empty(0))
+        return result._replace(dprediction=prediction.new_empty(0))
     _, channels, height, width = target.shape
     images = unpatchify(prediction, patch, height, width)
     factor = (weight if t_index is None else weight[t_index]) * (2.0 / (batch_size * channels * height * width))
@@ -209,40 +207,24 @@ def _body(
         factor = factor * loss_scale
     gradient = torch.zeros(images.shape, dtype=prediction.dtype, device=prediction.device)
     gradient[:, :channels] = (images[:, :channels].float() - target) * factor[:, None, None, None]
-    return (*result[:4], patchify(gradient, patch).contiguous())
+    return result._replace(dprediction=patchify(gradient, patch).contiguous())
 
 
-def _outputs(prediction: Tensor, target: Tensor, *flat: Any) -> Outputs:
-    num_bins, compute_grad = flat[2], flat[5]
-
+def _empty(prediction: Tensor, target: Tensor, num_bins: int, compute_grad: bool, **_: Any) -> DiffusionLoss:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=target.device)
 
-    gradient = torch.empty_like(prediction) if compute_grad else prediction.new_empty(0)
-    return empty(), empty(target.shape[0]), empty(num_bins), empty(num_bins), gradient
+    dprediction = torch.empty_like(prediction) if compute_grad else prediction.new_empty(0)
+    return DiffusionLoss(empty(), empty(target.shape[0]), empty(num_bins), empty(num_bins), dprediction)
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    prediction, target, weight, t_index, _, batch_size, patch, compute_grad, loss_scale = inputs
-    *results, dprediction = outputs
-    gradient = dprediction if compute_grad else None
-    kernel(prediction, target, weight, t_index, batch_size, loss_scale, patch, *results, gradient)
+def _gradient(dloss: Tensor, dprediction: Tensor, loss_scale: Tensor | None) -> dict[str, Tensor]:
+    return {"prediction": dprediction.float() * (dloss if loss_scale is None else dloss / loss_scale)}
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[4], inputs[8])
-
-
-def _backward(ctx: Any, d_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    dprediction, loss_scale = ctx.saved_tensors
-    factor = d_loss if loss_scale is None else d_loss / loss_scale
-    return ((dprediction.float() * factor).to(dprediction.dtype), *([None] * 8))
-
-
-_op = declare(
+_op = Op(
     "diffusion_loss",
-    Pass(_SCHEMA, _body, _outputs, _launch),
-    gradient=Gradient(_setup_context, _backward),
-    backends=("cuda", "triton", "cpu"),
+    Pass(_forward, _empty),
+    gradient=_gradient,
+    backends=(Extension("cuda"), Triton(), Extension("cpu")),
 )

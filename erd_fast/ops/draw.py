@@ -1,13 +1,13 @@
 """draw: what each image of a training batch is, as integers: sample, timestep, label drop, flip."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erd_fast.ops.checks import check_device, check_rows
-from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.core.backend import Extension, Triton
+from erd_fast.ops.core.op import Op, Pass
 from erd_fast.random import (
     Purpose,
     Stream,
@@ -93,19 +93,17 @@ def draw(
     if t_table is not None:
         check_device("draw", counter=counter, t_table=t_table)
         _check_table(t_table, num_timesteps)
-    return Draw(
-        *_op(
-            counter,
-            signed_seed(seed),
-            batch_size,
-            dataset_size,
-            num_timesteps,
-            round(label_drop * 2**32),
-            offset,
-            int(purpose),
-            t_table,
-            strata,
-        )
+    return _op(
+        counter=counter,
+        seed=signed_seed(seed),
+        batch_size=batch_size,
+        dataset_size=dataset_size,
+        num_timesteps=num_timesteps,
+        drop_threshold=round(label_drop * 2**32),
+        offset=offset,
+        purpose=int(purpose),
+        t_table=t_table,
+        strata=strata,
     )
 
 
@@ -127,19 +125,21 @@ def draw_reference(
     num_timesteps: int,
     drop_threshold: int,
     offset: int,
-    purpose: Purpose,
+    purpose: int,
     t_table: Tensor | None,
     strata: int,
 ) -> Draw:
-    """The definition of :func:`draw`; ``drop_threshold`` is ``round(label_drop * 2**32)``."""
+    """The definition of :func:`draw`; ``drop_threshold`` is ``round(label_drop * 2**32)``, ``seed`` the signed integer
+    of its 64 bits."""
+    key, what = unsigned_seed(seed), Purpose(purpose)
     ids = counter + offset + torch.arange(batch_size, dtype=torch.int64, device=counter.device)
     block = torch.zeros(1, dtype=torch.int64, device=counter.device)
-    t_word, drop_word, flip_word, _ = words(seed, purpose, Stream.SCALARS, ids, block)[:, 0].unbind(-1)
+    t_word, drop_word, flip_word, _ = words(key, what, Stream.SCALARS, ids, block)[:, 0].unbind(-1)
     if strata:
-        t_word = stratified_word(t_word, stratum(seed, purpose, ids, strata), strata)
+        t_word = stratified_word(t_word, stratum(key, what, ids, strata), strata)
     return Draw(
         ids=ids,
-        sample_index=sample_order(seed, ids, dataset_size),
+        sample_index=sample_order(key, ids, dataset_size),
         t_index=_t_index(t_word, num_timesteps, t_table),
         label_drop=drop_word < drop_threshold,
         flip=(flip_word >> 31) == 1,
@@ -152,28 +152,10 @@ def _t_index(word: Tensor, num_timesteps: int, table: Tensor | None) -> Tensor:
     return torch.searchsorted(table, word.contiguous(), right=True)
 
 
-_SCHEMA = (
-    "(Tensor counter, int seed, int batch_size, int dataset_size, int num_timesteps, int drop_threshold, int offset, "
-    "int purpose, Tensor? t_table, int strata) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+def _empty(counter: Tensor, batch_size: int, **_: Any) -> Draw:
+    integers = [counter.new_empty(batch_size) for _ in range(3)]
+    flags = [counter.new_empty(batch_size, dtype=torch.bool) for _ in range(2)]
+    return Draw(*integers, *flags)
 
 
-def _body(counter: Tensor, seed: int, *flat: Any) -> Outputs:
-    names = ("batch_size", "dataset_size", "num_timesteps", "drop_threshold", "offset", "purpose", "t_table", "strata")
-    how = dict(zip(names, flat, strict=True))
-    how["purpose"] = Purpose(how["purpose"])
-    return tuple(draw_reference(counter, seed=unsigned_seed(seed), **how))
-
-
-def _outputs(counter: Tensor, seed: int, batch_size: int, *flat: Any) -> Outputs:
-    integers = [torch.empty(batch_size, dtype=torch.int64, device=counter.device) for _ in range(3)]
-    flags = [torch.empty(batch_size, dtype=torch.bool, device=counter.device) for _ in range(2)]
-    return (*integers, *flags)
-
-
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    counter, seed, _, *rest = inputs
-    kernel(counter, seed, *rest, *outputs)
-
-
-_op = declare("draw", Pass(_SCHEMA, _body, _outputs, _launch), backends=("cuda", "triton", "cpu"))
+_op = Op("draw", Pass(draw_reference, _empty), backends=(Extension("cuda"), Triton(), Extension("cpu")))

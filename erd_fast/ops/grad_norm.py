@@ -1,13 +1,14 @@
 """grad_norm: the norm of all gradients together, the same bits every time."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erd_fast.ops.checks import check_dense, check_device
-from erd_fast.ops.declare import Outputs, Pass, declare
+from erd_fast.ops.core.backend import Extension, Triton
+from erd_fast.ops.core.op import Op, Pass
 from erd_fast.ops.tensor_table import CHUNK, FORMATS, Column, Slot, TensorTable
 
 
@@ -41,7 +42,7 @@ def grad_norm(gradients: Sequence[Tensor], table: TensorTable | None = None) -> 
         table.update([Slot(gradient) for gradient in gradients])
     else:
         table.check("grad_norm", Column.GRADIENT, gradients)
-    return _op(table.rows, table.places, CHUNK, list(gradients))[0]
+    return _op(rows=table.rows, places=table.places, chunk=CHUNK, gradients=list(gradients)).norm
 
 
 def grad_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
@@ -56,33 +57,26 @@ def _dtype(gradients: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _body(rows: Tensor, places: Tensor, chunk: int, gradients: list[Tensor]) -> Outputs:
-    return grad_norm_reference(gradients), gradients[0].new_empty(0)
+class _Norm(NamedTuple):
+    norm: Tensor
+    partials: Tensor  # sums of squares by chunk
 
 
-def _outputs(rows: Tensor, places: Tensor, chunk: int, gradients: list[Tensor]) -> Outputs:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=_dtype(gradients), device=rows.device)
-
-    return empty(), empty(len(places))
+def _forward(rows: Tensor, places: Tensor, chunk: int, gradients: list[Tensor]) -> _Norm:
+    return _Norm(grad_norm_reference(gradients), gradients[0].new_empty(0))
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs[:3], *outputs)
+def _empty(places: Tensor, gradients: list[Tensor], **_: Any) -> _Norm:
+    dtype = _dtype(gradients)
+    return _Norm(places.new_empty((), dtype=dtype), places.new_empty(len(places), dtype=dtype))
 
 
-def _reason_against(*flat: Any) -> str | None:
-    return None if all(gradient.dtype in FORMATS for gradient in flat[3]) else "the norm of float64 is PyTorch's"
+def _rule(gradients: list[Tensor], **_: Any) -> str | None:
+    return None if all(gradient.dtype in FORMATS for gradient in gradients) else "the norm of float64 is PyTorch's"
 
 
-_op = declare(
+_op = Op(
     "grad_norm",
-    Pass(
-        "(Tensor rows, Tensor places, int chunk, Tensor[] gradients) -> (Tensor, Tensor)",
-        _body,
-        _outputs,
-        _launch,
-        dict.fromkeys(("cuda", "triton", "cpu"), _reason_against),
-    ),
-    backends=("cuda", "triton", "cpu"),
+    Pass(_forward, _empty),
+    backends=(Extension("cuda", _rule), Triton(_rule), Extension("cpu", _rule)),
 )

@@ -1,14 +1,14 @@
 """linear_gelu: the first layer of an MLP with its GELU, and the whole MLP, with GELU in the GEMM's epilogue."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erd_fast.ops.checks import autocast_dtype, check_device, check_dtype, check_shape
-from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, dispatched, reference_needed
+from erd_fast.ops.core.backend import Backend, Extension, Triton
+from erd_fast.ops.core.op import Op, Pass, dispatched, reference_needed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FORMS = ("tanh", "none")
@@ -43,8 +43,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "
     if reference_needed():
         return linear_gelu_reference(x, weight, bias, approximate=approximate)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    activation, _ = _op(flat, weight.contiguous(), bias.contiguous(), approximate)
-    return activation.view(*x.shape[:-1], -1)
+    found = _op(x=flat, weight=weight.contiguous(), bias=bias.contiguous(), approximate=approximate)
+    return found.activation.view(*x.shape[:-1], -1)
 
 
 def gelu_mlp(
@@ -88,21 +88,25 @@ def gelu_mlp(
     tensors = _cast("gelu_mlp", x=x, weight=weight, bias=bias, next_weight=next_weight, next_bias=next_bias)
     if reference_needed():
         return gelu_mlp_reference(*tensors, approximate=approximate)
-    if torch.compiler.is_compiling() or dispatched(tensors):
+    if torch.compiler.is_compiling() or dispatched(*tensors):
         return F.linear(linear_gelu(*tensors[:3], approximate=approximate), *tensors[3:])
     x, *parameters = (tensor.contiguous() for tensor in tensors)
     again = x.device.type == "cuda" if recompute is None else recompute
-    plain = (x, *parameters)
+    args = {
+        "x": x.view(-1, x.shape[-1]),
+        "weight": parameters[0],
+        "bias": parameters[1],
+        "approximate": approximate,
+    }
 
-    def whole() -> None:
-        """The MLP forward and backward, on the backend that is asked for while it is timed."""
-        leaves = [tensor.detach().requires_grad_() for tensor in plain]
+    def whole(backend: Backend) -> None:
+        """The MLP forward and backward, which is what an autotuner times."""
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *parameters)]
         with torch.enable_grad():
-            y = _GeluMlp.apply(*leaves, approximate, again, _op.choose(*flat))
+            y = _GeluMlp.apply(*leaves, approximate, again, backend)
         torch.autograd.grad(y, leaves, y.detach())
 
-    flat = (x.view(-1, x.shape[-1]), *parameters[:2], approximate)
-    return _GeluMlp.apply(*plain, approximate, again, _op.choose(*flat, whole=whole))
+    return _GeluMlp.apply(x, *parameters, approximate, again, _op.choose(args, call=whole))
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
@@ -165,132 +169,112 @@ class _GeluMlp(torch.autograd.Function):
         next_bias: Tensor,
         approximate: str,
         recompute: bool,
-        backend: str,
+        backend: Backend,
     ) -> Tensor:
-        activation, pre = _op.run(_op.forward, x.view(-1, x.shape[-1]), weight, bias, approximate, backend)
+        args = {"x": x.view(-1, x.shape[-1]), "weight": weight, "bias": bias, "approximate": approximate}
+        activation, pre = _op.run(_op.forward, backend, args)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, weight, next_weight, pre, None if recompute else activation)
         del pre  # not to outlive the product below where nobody needs it
-        ctx.approximate, ctx.backend = approximate, backend
+        ctx.approximate, ctx.backend = approximate, backend.name
         return torch.addmm(next_bias, activation, next_weight.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("gelu_mlp: it has no second derivative (create_graph); gelu_mlp_reference has every one")
+            raise RuntimeError("gelu_mlp: double backward (create_graph) is not supported; use gelu_mlp_reference")
         x, weight, next_weight, pre, activation = ctx.saved_tensors
         needs_x, needs_weight, _, needs_next_weight, needs_next_bias = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
         again = needs_next_weight and activation is None
-        dpre, dbias, computed = _op.differentiate(dy, next_weight, pre, ctx.approximate, again, backend=ctx.backend)
+        first, second = dy, next_weight
+        if ctx.backend == "cuda" and _misfit(dy, next_weight):
+            first, second = dy @ next_weight, None
+        dpre, dbias, computed = _op.differentiate(
+            ctx.backend, dy=first, next_weight=second, pre=pre, approximate=ctx.approximate, recompute=again
+        )
         dnext_weight = dy.t() @ (computed if again else activation) if needs_next_weight else None
-        del computed
+        del computed, first
         dweight = dpre.t() @ x.view(-1, x.shape[-1]) if needs_weight else None
         dx = (dpre @ weight).view(x.shape) if needs_x else None
         dnext_bias = dy.sum(0) if needs_next_bias else None
         return dx, dweight, dbias.to(weight.dtype), dnext_weight, dnext_bias, None, None, None
 
 
-_SCHEMA = "(Tensor x, Tensor weight, Tensor bias, str approximate) -> (Tensor activation, Tensor pre)"
-_BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor? next_weight, Tensor pre, str approximate, bool recompute) "
-    "-> (Tensor dpre, Tensor dbias, Tensor activation)"
-)
+class _Activation(NamedTuple):
+    activation: Tensor
+    pre: Tensor
 
 
-def _body(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Outputs:
+class _Gradients(NamedTuple):
+    dpre: Tensor
+    dbias: Tensor
+    activation: Tensor
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> _Activation:
     pre = torch.addmm(bias, x, weight.t())
-    return F.gelu(pre, approximate=approximate), pre
+    return _Activation(F.gelu(pre, approximate=approximate), pre)
 
 
-def _outputs(x: Tensor, weight: Tensor, *unused: Any) -> Outputs:
+def _empty(x: Tensor, weight: Tensor, **_: Any) -> _Activation:
     shape = (x.shape[0], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape)
+    return _Activation(x.new_empty(shape), x.new_empty(shape))
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs, *outputs)
-
-
-def _backward_body(dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, recompute: bool) -> Outputs:
+def _backward(dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, recompute: bool) -> _Gradients:
+    """``dy`` is the gradient of the activation, or with ``next_weight`` that of the second layer's output."""
     if next_weight is None:
         dpre = torch.ops.aten.gelu_backward(dy, pre, approximate=approximate)
     else:
         dpre = dy @ next_weight
         torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate=approximate, grad_input=dpre)
     activation = F.gelu(pre, approximate=approximate) if recompute else pre.new_empty(0)
-    return dpre, dpre.sum(0, dtype=torch.float32), activation
+    return _Gradients(dpre, dpre.sum(0, dtype=torch.float32), activation)
 
 
-def _backward_outputs(
-    dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, recompute: bool
-) -> Outputs:
+def _backward_empty(pre: Tensor, recompute: bool, **_: Any) -> _Gradients:
     activation = torch.empty_like(pre) if recompute else pre.new_empty(0)
-    return torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32), activation
-
-
-def _backward_launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    dy, next_weight, pre, approximate, recompute = inputs
-    dpre, dbias, activation = outputs
-    if next_weight is not None and _misfit(dy, next_weight):
-        dy, next_weight = torch.mm(dy, next_weight, out=dpre), None
-    kernel(dy, next_weight, pre, approximate, dpre, dbias, activation if recompute else None)
+    return _Gradients(torch.empty_like(pre), pre.new_empty(pre.shape[1], dtype=torch.float32), activation)
 
 
 def _misfit(*matrices: Tensor) -> str | None:
     """What of these matrices cuBLASLt's epilogues cannot take: they move 16 bytes at a time."""
     for matrix in matrices:
-        if matrix.shape[1] % 8:
-            return f"its epilogues take rows of a multiple of 8 numbers, and one here has {matrix.shape[1]}"
+        if matrix.shape[-1] % 8:
+            return f"its epilogues take rows of a multiple of 8 numbers, and one here has {matrix.shape[-1]}"
         if matrix.storage_offset() * matrix.element_size() % 16:
             return "its epilogues take tensors that begin at a multiple of 16 bytes, and one here does not"
     return None
 
 
-def _cuda_refusal(approximate: str, *matrices: Tensor) -> str | None:
+def _cuda_rule(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> str | None:
     if approximate != "tanh":
-        return "cuBLASLt's epilogues have GELU in its tanh form alone"
-    if matrices[0].dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "cuBLASLt's epilogues have GELU only in its tanh form"
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "it multiplies float32 in float32, and TF32 is set"
-    return _misfit(*matrices)
+    return _misfit(x, weight, bias)
 
 
-def _cuda_forward_refusal(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> str | None:
-    return _cuda_refusal(approximate, x, weight, bias[None])
+def _gradient(
+    dactivation: Tensor, x: Tensor, weight: Tensor, pre: Tensor, approximate: str, backend: str, needs: list[str]
+) -> dict[str, Tensor]:
+    found = _op.differentiate(
+        backend, dy=dactivation, next_weight=None, pre=pre, approximate=approximate, recompute=False
+    )
+    gradients = {"bias": found.dbias}
+    if "x" in needs:
+        gradients["x"] = found.dpre @ weight
+    if "weight" in needs:
+        gradients["weight"] = found.dpre.t() @ x
+    return gradients
 
 
-def _cuda_backward_refusal(
-    dy: Tensor, next_weight: Tensor | None, pre: Tensor, approximate: str, *_: Any
-) -> str | None:
-    return _cuda_refusal(approximate, pre)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, _, ctx.approximate, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _backward(ctx: Any, dactivation: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    x, weight, pre = ctx.saved_tensors
-    dpre, dbias, _ = _op.differentiate(dactivation.contiguous(), None, pre, ctx.approximate, False, backend=ctx.backend)
-    needs_x, needs_weight = ctx.needs_input_grad[-5:-3]  # from the end: autograd's node of an op may have one more
-    dx = dpre @ weight if needs_x else None
-    dweight = dpre.t() @ x if needs_weight else None
-    return dx, dweight, dbias.to(weight.dtype), None
-
-
-_op = declare(
+_op = Op(
     "linear_gelu",
-    Pass(_SCHEMA, _body, _outputs, _launch, supports={"cuda": _cuda_forward_refusal}),
-    backends=("cuda", "triton"),
-    backward=Pass(
-        _BACKWARD_SCHEMA,
-        _backward_body,
-        _backward_outputs,
-        _backward_launch,
-        supports={"cuda": _cuda_backward_refusal},
-    ),
-    gradient=Gradient(_setup_context, _backward),
+    Pass(_forward, _empty),
+    backward=Pass(_backward, _backward_empty),
+    gradient=_gradient,
+    backends=(Extension("cuda", _cuda_rule), Triton()),
     timed=True,
 )

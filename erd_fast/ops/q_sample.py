@@ -1,16 +1,14 @@
 """q_sample: from stored latents to the noisy input and the regression target, in one pass."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erd_fast.latents import KINDS, LatentKind
-from erd_fast.latents import LOGVAR_RANGE as _LOGVAR_RANGE
-from erd_fast.latents import POSTERIOR_KINDS as _POSTERIOR
+from erd_fast.latents import KINDS, LOGVAR_RANGE, LatentKind, has_posterior, latent_channels
 from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
-from erd_fast.ops.declare import Outputs, Pass, declare, reference_needed
+from erd_fast.ops.core.backend import Extension, Triton
+from erd_fast.ops.core.op import Op, Pass, reference_needed
 from erd_fast.ops.patchify import check_patch, patch_shape, patchify
 from erd_fast.random import Purpose, Stream, normals, signed_seed, unsigned_seed
 
@@ -76,10 +74,10 @@ def q_sample(
 
     Moves, an image of E = C H W elements: the stored row once, E * (size of ``dtype`` + 4) out, and 4 E a given noise.
     """
-    with_posterior = kind in _POSTERIOR
+    with_posterior = has_posterior(kind)
     count = (latents if index is None else index).shape[0]
     _check_latents(latents, kind, count, patch, dtype)
-    channels = latents.shape[1] // (2 if with_posterior else 1)
+    channels = latent_channels(kind, latents.shape[1])
     shape = (count, channels, *latents.shape[2:])
     for name, tensor in (("t_index", t_index), ("index", index), ("ids", ids)):
         _check_tensor(name, tensor, (count,), _ROWS, latents)
@@ -94,25 +92,26 @@ def q_sample(
     check_rows("q_sample", "index", index, latents.shape[0])
     if (noise is None or (with_posterior and posterior_noise is None)) and (ids is None or seed is None):
         raise ValueError("q_sample: noise is not given, so ids and seed are needed to draw it")
-    flat = (
-        latents.contiguous(),
-        _plain(coefficients, torch.float32),
-        _plain(t_index, torch.int64),
-        _plain(index, torch.int64),
-        KINDS.index(kind),
-        _plain(scale, torch.float32),
-        _plain(shift, torch.float32),
-        _plain(flip, torch.bool),
-        _plain(ids, torch.int64),
-        signed_seed(seed or 0),
-        int(purpose),
-        _plain(noise, torch.float32),
-        _plain(posterior_noise, torch.float32) if with_posterior else None,
-        patch,
-        dtype,
-    )
-    differentiable = reference_needed(latents, coefficients, scale, shift, noise, posterior_noise)
-    return QSample(*(_body(*flat) if differentiable else _op(*flat)))
+    args: dict[str, Any] = {
+        "latents": latents.contiguous(),
+        "coefficients": _plain(coefficients, torch.float32),
+        "t_index": _plain(t_index, torch.int64),
+        "index": _plain(index, torch.int64),
+        "kind": KINDS.index(kind),
+        "scale": _plain(scale, torch.float32),
+        "shift": _plain(shift, torch.float32),
+        "flip": _plain(flip, torch.bool),
+        "ids": _plain(ids, torch.int64),
+        "seed": signed_seed(seed or 0),
+        "purpose": int(purpose),
+        "noise": _plain(noise, torch.float32),
+        "posterior_noise": _plain(posterior_noise, torch.float32) if with_posterior else None,
+        "patch": patch,
+        "dtype": dtype,
+    }
+    if reference_needed(latents, coefficients, scale, shift, noise, posterior_noise):
+        return q_sample_reference(**args)
+    return _op(**args)
 
 
 def q_sample_reference(
@@ -121,36 +120,37 @@ def q_sample_reference(
     t_index: Tensor | None,
     *,
     index: Tensor | None,
-    kind: LatentKind,
+    kind: int,
     scale: Tensor | None,
     shift: Tensor | None,
     flip: Tensor | None,
     ids: Tensor | None,
-    seed: int | None,
-    purpose: Purpose,
+    seed: int,
+    purpose: int,
     noise: Tensor | None,
     posterior_noise: Tensor | None,
+    patch: int,
     dtype: torch.dtype,
-    patch: int = 0,
 ) -> QSample:
-    """The definition of :func:`q_sample`."""
+    """The definition of :func:`q_sample`; ``kind`` is the place in ``KINDS``, ``seed`` the signed integer of its
+    64 bits."""
     stored = latents if index is None else latents[index]
-    channels = stored.shape[1] // (2 if kind.startswith("mean_") else 1)
+    channels = latent_channels(KINDS[kind], stored.shape[1])
     shape = (channels, *stored.shape[2:])
 
     def drawn(given: Tensor | None, stream: Stream) -> Tensor:
         if given is not None:
             return given.float()
-        assert ids is not None and seed is not None
-        return normals(seed, purpose, stream, ids, shape)
+        assert ids is not None
+        return normals(unsigned_seed(seed), Purpose(purpose), stream, ids, shape)
 
-    if kind == "pixels":
+    if KINDS[kind] == "pixels":
         x_start = (2.0 * stored.float() - 255.0) / 255.0
-    elif kind == "sample":
+    elif KINDS[kind] == "sample":
         x_start = stored.float()
     else:
         mean, spread = stored.float().chunk(2, dim=1)
-        std = spread if kind == "mean_std" else torch.exp(0.5 * spread.clamp(*_LOGVAR_RANGE))
+        std = spread if KINDS[kind] == "mean_std" else torch.exp(0.5 * spread.clamp(*LOGVAR_RANGE))
         x_start = mean + std * drawn(posterior_noise, Stream.POSTERIOR)
     if shift is not None:
         x_start = x_start - shift[:, None, None]
@@ -174,7 +174,7 @@ def _check_latents(latents: Tensor, kind: str, count: int, patch: int, dtype: to
     if (kind == "pixels") != (latents.dtype == torch.uint8):
         raise ValueError(f"q_sample: latents: given {latents.dtype} for kind {kind!r}; uint8 goes with pixels alone")
     check_dtype("q_sample", "latents", latents, *_FLOATS, torch.uint8)
-    if kind in _POSTERIOR and latents.shape[1] % 2:
+    if has_posterior(kind) and latents.shape[1] % 2:
         raise ValueError(f"q_sample: latents: given {latents.shape[1]} channels, allowed an even number for {kind!r}")
     if dtype not in _FLOATS:
         raise ValueError(f"q_sample: dtype: given {dtype}, allowed {', '.join(map(str, _FLOATS))}")
@@ -211,32 +211,12 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype).contiguous()
 
 
-_SCHEMA = (
-    "(Tensor latents, Tensor coefficients, Tensor? t_index, Tensor? index, int kind, Tensor? scale, Tensor? shift, "
-    "Tensor? flip, Tensor? ids, int seed, int purpose, Tensor? noise, Tensor? posterior_noise, int patch, "
-    "ScalarType dtype) -> (Tensor, Tensor)"
-)
-_FLAT = tuple(argument.split()[1] for argument in _SCHEMA[1 : _SCHEMA.index(")")].split(", "))
-
-
-def _body(*flat: Any) -> Outputs:
-    how = dict(zip(_FLAT, flat, strict=True))
-    how |= {"kind": KINDS[how["kind"]], "purpose": Purpose(how["purpose"])}
-    how["seed"] = unsigned_seed(how["seed"])
-    return tuple(q_sample_reference(how.pop("latents"), how.pop("coefficients"), how.pop("t_index"), **how))
-
-
-def _outputs(*flat: Any) -> Outputs:
-    latents, _, _, index, kind, *_, patch, dtype = flat
+def _empty(latents: Tensor, index: Tensor | None, kind: int, patch: int, dtype: torch.dtype, **_: Any) -> QSample:
     rows, stored, height, width = latents.shape
     count = rows if index is None else index.shape[0]
-    shape = (count, stored // (2 if KINDS[kind] in _POSTERIOR else 1), height, width)
-    target = torch.empty(shape, dtype=torch.float32, device=latents.device)
-    return torch.empty(patch_shape(shape, patch), dtype=dtype, device=latents.device), target
+    shape = (count, latent_channels(KINDS[kind], stored), height, width)
+    x_t = latents.new_empty(patch_shape(shape, patch), dtype=dtype)
+    return QSample(x_t, latents.new_empty(shape, dtype=torch.float32))
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    kernel(*inputs[:-1], *outputs)
-
-
-_op = declare("q_sample", Pass(_SCHEMA, _body, _outputs, _launch), backends=("cuda", "triton", "cpu"))
+_op = Op("q_sample", Pass(q_sample_reference, _empty), backends=(Extension("cuda"), Triton(), Extension("cpu")))

@@ -1,6 +1,5 @@
 """residual_ada_layer_norm: a branch joins the residual stream and the next one gets its normalised input: one pass."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from erd_fast.ops.ada_layer_norm import (
     sums,
 )
 from erd_fast.ops.checks import check_device, check_dtype, check_shape
-from erd_fast.ops.declare import Gradient, Outputs, Pass, declare, reference_needed
+from erd_fast.ops.core.backend import Triton
+from erd_fast.ops.core.op import Op, Pass, reference_needed
 
 _OP = "residual_ada_layer_norm"
 
@@ -72,12 +72,26 @@ def residual_ada_layer_norm(
     dtype = output_dtype(_OP, x, dtype)
     if reference_needed():
         return residual_ada_layer_norm_reference(x, branch, gate, shift, scale, offset=offset, eps=eps, dtype=dtype)
-    made_of: Branch | tuple[None, None, None] = (None, None, None)
+    x, branch = x.contiguous(), branch.contiguous()
+    before: tuple[Tensor, Tensor | None, Tensor | None] = x, None, None
     if source is not None and not torch.compiler.is_compiling():  # a compiler decides for itself what to keep
-        made_of = _plain(source, x, scale)
-    flat = (x.contiguous(), branch.contiguous(), gate, shift, scale, *made_of, offset, eps, dtype, True)
-    x_out, y, *_ = _op(*flat)
-    return x_out, y
+        before = _plain(source, x, scale)
+    before_x, before_branch, before_gate = before
+    found = _op(
+        x=x,
+        branch=branch,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        before_x=before_x,
+        before_branch=before_branch,
+        before_gate=before_gate,
+        offset=offset,
+        eps=eps,
+        dtype=dtype,
+        keep=True,
+    )
+    return found.x_out, found.y
 
 
 @torch.no_grad()
@@ -96,8 +110,21 @@ def rebuild_normalized(
     Moves, an element: x + branch + y.
     """
     shift, scale, offset = modulation(_OP, made_of.x, shift, scale, weight, bias)
-    made_of = _plain(made_of, made_of.x, scale)
-    return _op(*made_of, shift, scale, None, None, None, offset, eps, dtype, False)[1]
+    x, branch, gate = _plain(made_of, made_of.x, scale)
+    return _op(
+        x=x,
+        branch=branch,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        before_x=x,
+        before_branch=None,
+        before_gate=None,
+        offset=offset,
+        eps=eps,
+        dtype=dtype,
+        keep=False,
+    ).y
 
 
 def residual_ada_layer_norm_reference(
@@ -143,103 +170,79 @@ def _checked_gate(x: Tensor, gate: Tensor | None, scale: Tensor) -> Tensor | Non
     return gate if gate.stride(1) == 1 else gate.contiguous()
 
 
-_SCHEMA = (
-    "(Tensor x, Tensor branch, Tensor? gate, Tensor shift, Tensor scale, Tensor? source_x, Tensor? source_branch, "
-    "Tensor? source_gate, float offset, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor? dx_out, Tensor dy, Tensor x, Tensor branch, Tensor? gate, Tensor? before_branch, Tensor? before_gate, "
-    "Tensor scale, float offset, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+class _Normalized(NamedTuple):
+    x_out: Tensor
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
-def _body(x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, *flat: Any) -> Outputs:
-    *_, offset, eps, dtype, keep = flat
+class _Gradients(NamedTuple):
+    dx: Tensor
+    dbranch: Tensor
+    dgate: Tensor
+    dshift: Tensor
+    dscale: Tensor
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    before_x: Tensor,
+    before_branch: Tensor | None,
+    before_gate: Tensor | None,
+    offset: float,
+    eps: float,
+    dtype: torch.dtype,
+    keep: bool,
+) -> _Normalized:
+    """``before_x`` is saved for the backward pass: x, or what x is computed from with the other two."""
     x_out = _joined(x, branch, gate)
-    y, mean, rstd = normalized(x_out, shift, scale, offset, eps, dtype)
-    return x_out if keep else x.new_empty(0), y, mean, rstd
+    return _Normalized(x_out if keep else x.new_empty(0), *normalized(x_out, shift, scale, offset, eps, dtype))
 
 
-def _outputs(x: Tensor, *flat: Any) -> Outputs:
-    dtype, keep = flat[-2:]
+def _empty(x: Tensor, dtype: torch.dtype, keep: bool, **_: Any) -> _Normalized:
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return torch.empty_like(x) if keep else x.new_empty(0), y, statistics(x), statistics(x)
+    return _Normalized(torch.empty_like(x) if keep else x.new_empty(0), y, statistics(x), statistics(x))
 
 
-def _launch(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    *_, offset, eps, _, keep = inputs
-    x_out, *rest = outputs
-    kernel(*inputs[:5], offset, eps, x_out if keep else None, *rest)
-
-
-def _backward_body(
+def _backward(
     dx_out: Tensor | None,
     dy: Tensor,
-    x: Tensor,
+    before_x: Tensor,
     branch: Tensor,
     gate: Tensor | None,
     before_branch: Tensor | None,
     before_gate: Tensor | None,
     scale: Tensor,
-    *flat: Any,
-) -> Outputs:
-    if before_branch is not None:
-        x = _joined(x, before_branch, before_gate)
-    dx, dshift, dscale = normalized_backward(dy, _joined(x, branch, gate), scale, *flat)
+    offset: float,
+    mean: Tensor,
+    rstd: Tensor,
+) -> _Gradients:
+    x = before_x if before_branch is None else _joined(before_x, before_branch, before_gate)
+    dx, dshift, dscale = normalized_backward(dy, _joined(x, branch, gate), scale, offset, mean, rstd)
     if dx_out is not None:
         dx += dx_out
     if gate is None:
-        return dx.to(x.dtype), dx.to(branch.dtype, copy=True), dshift.new_empty(0), dshift, dscale
+        none = dshift.new_empty(0)
+        return _Gradients(dx.to(x.dtype), dx.to(branch.dtype, copy=True), none, dshift, dscale)
     dgate = (dx * branch).sum(1)
     dbranch = dx * gate.float()[:, None]
-    return dx.to(x.dtype), dbranch.to(branch.dtype), dgate, dshift, dscale
+    return _Gradients(dx.to(x.dtype), dbranch.to(branch.dtype), dgate, dshift, dscale)
 
 
-def _backward_outputs(dx_out: Any, dy: Any, x: Tensor, branch: Tensor, gate: Tensor | None, *flat: Any) -> Outputs:
-    dgate = statistics(x).new_empty(0) if gate is None else sums(x)
-    return torch.empty_like(x), torch.empty_like(branch), dgate, sums(x), sums(x)
+def _backward_empty(before_x: Tensor, branch: Tensor, gate: Tensor | None, **_: Any) -> _Gradients:
+    dgate = statistics(before_x).new_empty(0) if gate is None else sums(before_x)
+    dx, dbranch = torch.empty_like(before_x), torch.empty_like(branch)
+    return _Gradients(dx, dbranch, dgate, sums(before_x), sums(before_x))
 
 
-def _launch_backward(kernel: Callable[..., None], inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    dx, dbranch, dgate, dshift, dscale = outputs
-    kernel(*inputs, dx, dbranch, dgate if inputs[4] is not None else None, dshift, dscale)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, branch, gate, _, scale, source_x, source_branch, source_gate, ctx.offset, _, ctx.dtype, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    stream = x if source_x is None else source_x
-    ctx.save_for_backward(stream, branch, gate, source_branch, source_gate, scale, *output[2:])
-
-
-def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    x, branch, gate, before_branch, before_gate, scale, mean, rstd = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros(x.shape, dtype=ctx.dtype, device=x.device)
-    gradients = _op.differentiate(
-        None if dx_out is None else dx_out.contiguous(),
-        dy.contiguous(),
-        x,
-        branch,
-        gate,
-        before_branch,
-        before_gate,
-        scale,
-        ctx.offset,
-        mean,
-        rstd,
-        backend=ctx.backend,
-    )
-    dx, dbranch, dgate, dshift, dscale = gradients
-    of_gate = None if gate is None else dgate.to(gate.dtype)
-    return dx, dbranch, of_gate, dshift.to(scale.dtype), dscale.to(scale.dtype), *([None] * 7)
-
-
-_op = declare(
+_op = Op(
     _OP,
-    Pass(_SCHEMA, _body, _outputs, _launch),
-    backward=Pass(_BACKWARD_SCHEMA, _backward_body, _backward_outputs, _launch_backward),
-    gradient=Gradient(_setup_context, _backward),
-    backends=("triton",),
+    Pass(_forward, _empty),
+    backward=Pass(_backward, _backward_empty),
+    backends=(Triton(),),
 )

@@ -17,8 +17,9 @@ from erd_fast.errors import ConfigError, ErdFastError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
 from erd_fast.numerics import is_out_of_memory
+from erd_fast.ops import Autotuner, Recording, autotune, record
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
-from erd_fast.ops.backends import absence
+from erd_fast.ops.availability import extension_unavailable
 from erd_fast.progress import duration, progress_bar
 from erd_fast.sampling.images import Decode
 from erd_fast.training.build import build_step, model_arguments, open_store
@@ -74,6 +75,7 @@ class _Run:
         self.config, self.folder, self.store, self.ranks, self.device = config, folder, store, ranks, device
         self.step = build_step(config, store, device, ranks)
         self.graph = StepGraph(self.step)
+        self.tuner, self.recording = Autotuner(captured=config.train.cuda_graph), Recording()
         local = config.train.batch_size // ranks.size
         self.log = RunLog(folder, {"world_size": ranks.size, "local_batch": local}, writes=ranks.first)
         flops = model_flops(self.step.model)
@@ -88,15 +90,15 @@ class _Run:
             return self.log.last
         self.decode = self._open_decoder()
         kernels = folder / "kernels.json"
-        needed = rehearse(self.step, kernels)
+        needed = rehearse(self.step, self.tuner, kernels)
         reader = self.ranks.together(lambda: open_reader(self.store, config.data.loader, self.device, needed))
         self._say(self._headline(reader.name))
-        if missing := absence(self.device.type):
-            self._say(f"training without the compiled kernels for {self.device.type}: {'; '.join(missing)}")
+        if missing := extension_unavailable(self.device.type):
+            self._say(f"training without the compiled kernels for {self.device.type}: {missing}")
         batches = self._timed(reader.batches(self.step.plan, self.done * self.step.micro_batches))
         bar = progress_bar(config.train.steps, initial=self.done, unit="step", disable=not self._shows_bar())
         begin = self.done
-        with contextlib.closing(batches), bar:
+        with contextlib.closing(batches), bar, autotune(self.tuner), record(self.recording):
             profiler = self._profiler() if profile and self.ranks.first else None
             self.speed.restart()
             while self.done < config.train.steps:
@@ -109,7 +111,7 @@ class _Run:
                 self.speed.count(config.train.batch_size)
                 bar.update()
                 if self.done == begin + 1 and self.ranks.first:
-                    write_choices(self.step, kernels)
+                    write_choices(self.step, self.tuner, self.recording, kernels)
                 last = self.done == config.train.steps
                 if last or self._due(config.train.log_every):
                     self._log_line(bar)

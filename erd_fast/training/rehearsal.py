@@ -1,19 +1,19 @@
 """Before the first step: which backend is the fastest for each op, and whether a step fits into memory."""
 
-import contextlib
 from pathlib import Path
 
 import torch
 
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import read_json, write_json
-from erd_fast.ops import OPS, choices
+from erd_fast.ops import Autotuner, Recording, autotune, record
+from erd_fast.ops.core.autotune import Choices, device_name
 from erd_fast.training.step import TrainStep
 
 _GIB = 2**30
 
 
-def rehearse(step: TrainStep, file: Path) -> int:
+def rehearse(step: TrainStep, tuner: Autotuner, file: Path) -> int:
     """Time what ops can run on, unless the run has stored that, on the first rank for all; load kernels; see what fits.
 
     A deterministic run takes each op's first backend: the fastest one by time need not be the same twice.
@@ -24,32 +24,31 @@ def rehearse(step: TrainStep, file: Path) -> int:
     Raises:
         ConfigError: ``file`` does not hold choices. RunError: the micro-batch does not fit into the GPU.
     """
-    choices.forget()
-    for op in OPS.values():
-        op.used = None
-    chosen, needed = step.ranks.from_first(lambda: _choose(step, file))
-    choices.forget()
-    choices.load(chosen, str(file))
-    return step.ranks.together(lambda: needed if step.ranks.first or step.device.type != "cuda" else _pass(step))
+    chosen, needed = step.ranks.from_first(lambda: _choose(step, tuner, file))
+    tuner.timing = False
+    tuner.load(chosen, step.device, str(file))
+    with autotune(tuner), record():
+        return step.ranks.together(lambda: needed if step.ranks.first or step.device.type != "cuda" else _pass(step))
 
 
-def write_choices(step: TrainStep, file: Path) -> None:
+def write_choices(step: TrainStep, tuner: Autotuner, recording: Recording, file: Path) -> None:
     """Store what each op runs on, and why."""
-    used = {name: op.used for name, op in OPS.items() if op.used}
-    write_json(file, {"device": _device_name(step), "used": used, "choices": choices.stored()})
+    content = {"device": device_name(step.device), "used": recording.names(), "choices": tuner.choices(step.device)}
+    write_json(file, {**content, "left_out": tuner.left_out})
 
 
-def _choose(step: TrainStep, file: Path) -> tuple[dict[str, dict[str, str]], int]:
+def _choose(step: TrainStep, tuner: Autotuner, file: Path) -> tuple[Choices, int]:
     """What ops run on, and what :func:`_pass` gives."""
     if file.exists():
         stored = read_json(file)
         if not isinstance(stored, dict):
             raise ConfigError(f"{file}: given {stored!r}, allowed what a run has written there")
-        if stored.get("device") == _device_name(step):
-            choices.load(stored.get("choices"), str(file))
-    with contextlib.nullcontext() if step.config.train.deterministic else choices.probing():
+        if stored.get("device") == device_name(step.device):
+            tuner.load(stored.get("choices"), step.device, str(file))
+    tuner.timing = not step.config.train.deterministic
+    with autotune(tuner), record():
         needed = _pass(step)
-    return choices.stored(), needed
+    return tuner.choices(step.device), needed
 
 
 def _pass(step: TrainStep) -> int:
@@ -112,7 +111,3 @@ def _later_bytes(step: TrainStep) -> int:
 
 def _share(step: TrainStep) -> int:
     return step.micro_batch * step.micro_batches
-
-
-def _device_name(step: TrainStep) -> str:
-    return torch.cuda.get_device_name(step.device) if step.device.type == "cuda" else "cpu"

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from erd_fast.data import Batch, LatentStore
 from erd_fast.diffusion import DiffusionProcess
 from erd_fast.models import DiffusionModel
-from erd_fast.ops import Draw
+from erd_fast.ops import Draw, Recording, record
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig
 from erd_fast.training.distributed import Ranks, Reduction, check_shares, replicate
@@ -67,6 +67,7 @@ class TrainStep:
             for parameter in self._lowered:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
         self._reduction = Reduction(reduce_dtype, accumulated=self.micro_batches > 1)
+        self._planned = Recording()  # of readers, which draw a step's indices ahead of it
         self._replica: DistributedDataParallel | None = None
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
@@ -83,7 +84,8 @@ class TrainStep:
         CPU."""
         step, micro = divmod(number, self.micro_batches)
         images = torch.tensor(step * self.config.train.batch_size, dtype=torch.int64)
-        return self._draw(images, micro).sample_index
+        with record(self._planned):
+            return self._draw(images, micro).sample_index
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Take one step on the next micro-batches. Returns :attr:`loss`."""

@@ -51,7 +51,7 @@ def test_the_command_prints_and_writes_every_variant(tmp_path, capsys, eager_in_
     copy, *records = content["records"]
     assert (copy["group"], copy["case"], copy["variant"]) == ("machine", "copy", "eager")
     assert copy["gb_per_s"] == pytest.approx((2 << 20) / copy["median_s"] / 1e9)
-    here = [("erd-fast", name) for name in ("cpu", "reference") if OPS["q_sample"].refusal(name) is None]
+    here = [("erd-fast", name) for name in ("cpu", "reference") if OPS["q_sample"].why_not(name) is None]
     assert [(record["variant"], record["backend"]) for record in records] == [("eager", ""), ("compile", ""), *here]
     for record in records:
         assert (record["group"], record["case"]) == ("ops/q_sample", "given N=8")

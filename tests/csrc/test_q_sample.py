@@ -72,6 +72,7 @@ def _run(ops: Any, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def _expected(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
     case = dict(case)
     latents, coefficients, t_index = case.pop("latents"), case.pop("coefficients"), case.pop("t_index")
+    case["kind"] = KINDS.index(case["kind"])
     return tuple(q_sample_reference(latents, coefficients, t_index, seed=SEED, purpose=Purpose.SAMPLE, **case))
 
 

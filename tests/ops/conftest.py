@@ -13,12 +13,15 @@ from erd_fast.ops import OPS
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output that a kernel does not write is NaN, or a number that stands out."""
     for direction in (one for op in OPS.values() for one in (op.forward, op.backward) if one is not None):
-        make = direction.outputs
+        make = direction.empty
 
-        def filled(*args: Any, make: Any = make) -> tuple[Tensor, ...]:
-            return tuple(output.fill_(_poison(output.dtype)) for output in make(*args))
+        def filled(make: Any = make, **args: Any) -> tuple[Tensor, ...]:
+            outputs = make(**args)
+            for output in outputs:
+                output.fill_(_poison(output.dtype))
+            return outputs
 
-        monkeypatch.setattr(direction, "outputs", filled)
+        monkeypatch.setattr(direction, "empty", filled)
 
 
 def _poison(dtype: torch.dtype) -> float | bool:

@@ -14,7 +14,7 @@ from erd_fast.ops.tensor_table import CHUNK, Slot, Slots, TensorTable
 
 CPU = torch.device("cpu")
 SIZES = (1, 7, CHUNK - 1, CHUNK + 1)
-BACKENDS = [name for name in OPS["adamw_ema"].backends if OPS["adamw_ema"].refusal(name) is None]
+BACKENDS = [name for name in OPS["adamw_ema"].backends if OPS["adamw_ema"].why_not(name) is None]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -269,7 +269,7 @@ def test_it_goes_through_torchs_dispatcher_and_into_a_graph():
     table = TensorTable(DEVICE)
     table.update(made.slots)
     norm = torch.tensor(2.0, device=DEVICE)
-    arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "auto")
+    arguments = (table.rows, table.places, CHUNK, made.settings, norm, 0, 1, *made.state, *flat, "reference")
     torch.library.opcheck(torch.ops.erd_fast.adamw_ema_fwd.default, arguments)
 
     other = TensorTable(DEVICE)
@@ -295,7 +295,7 @@ def test_a_launch_that_fails_is_not_tried_again_elsewhere(monkeypatch):
     def fails(*arguments):
         raise RuntimeError("half way")
 
-    monkeypatch.setattr(OPS["adamw_ema"].forward, "launch", fails)
+    monkeypatch.setattr(OPS["adamw_ema"].available()[0], "run", fails)
     with pytest.raises(RuntimeError, match="half way"):
         made.step()
     assert made.state.counts.tolist() == [0, 0, 0]

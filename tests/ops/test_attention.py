@@ -4,7 +4,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from erd_fast.errors import BackendUnavailableError
-from erd_fast.ops import OPS, attention, choices, explain, use_backend
+from erd_fast.ops import OPS, Autotuner, attention, autotune, explain, record, use_backend
 from erd_fast.ops.attention import attention_reference
+from erd_fast.ops.core.autotune import signature
+from erd_fast.ops.core.backend import External
+from erd_fast.ops.external_attention import cudnn_is_late, cudnn_rule
 from support.parity import errors, gradients, hold, no_worse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU takes")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = OPS["attention"]
-HERE = [name for name in OP.backends if OP.refusal(name) is None]
+HERE = [name for name in OP.backends if OP.why_not(name) is None]
 SIZES = ((2, 1, 1, 64), (2, 17, 3, 72), (3, 63, 2, 32), (2, 256, 1, 64), (2, 258, 2, 72))  # N, T, H, K
 
 
@@ -33,13 +36,8 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    before = choices.stored()
-    choices.forget()
-    yield
-    choices.forget()
-    choices.load(before, "the tests")
+def why_not(backend: str, qkv: Tensor, num_heads: int) -> Any:
+    return OP.why_not(backend, {"qkv": qkv, "num_heads": num_heads})
 
 
 def drawn(seed: int, dtype: torch.dtype = torch.float32, size: tuple[int, ...] = SIZES[1]) -> list[Tensor]:
@@ -73,18 +71,19 @@ def separate(found: list[Tensor | None]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
 def test_values_and_gradients_are_pytorchs(backend, size, dtype):
-    refusal = OP.refusal(backend, drawn(0, dtype, size)[0], size[2])
-    if refusal is not None:
-        pytest.skip(refusal[0])
-    rule = torchs_own if backend in OP.libraries else plain  # other projects answer for their own exponentials
+    if reason := why_not(backend, drawn(0, dtype, size)[0], size[2]):
+        pytest.skip(reason.reason)
+    # Other projects answer for their own exponentials.
+    rule = torchs_own if isinstance(OP.backends[backend], External) else plain
     hold(
         lambda qkv, dout: separate(gradients(lambda leaf: [attention(leaf, size[2])], [qkv], [dout])),
         lambda qkv, dout: separate(gradients(lambda leaf: [rule(leaf, size[2])], [qkv], [dout])),
         lambda seed: drawn(seed, dtype, size),
         ("out", "dq", "dk", "dv"),
     )
-    out = attention(drawn(0, dtype, size)[0], size[2])
-    assert OP.used == backend and out.is_contiguous() and out.dtype == dtype
+    with record() as recording:
+        out = attention(drawn(0, dtype, size)[0], size[2])
+    assert recording.names() == {"attention": backend} and out.is_contiguous() and out.dtype == dtype
 
 
 def test_the_definition_is_the_formula():
@@ -103,7 +102,7 @@ def test_the_definition_is_the_formula():
 
 def test_one_token_is_its_own_value(backend):
     qkv, dout = drawn(0, size=SIZES[0])
-    if OP.refusal(backend, qkv, 1) is not None:
+    if why_not(backend, qkv, 1) is not None:
         pytest.skip("not for this backend")
     out = attention(qkv, 1)
     (dqkv,) = torch.autograd.grad(out, qkv, dout)
@@ -116,7 +115,7 @@ def test_large_scores_stay_finite_and_right(backend):
     """A float32 score of 1e4 is off by 1e4 x 2^-24 x sqrt(72) at most, and so is the logarithm of its weight."""
     qkv, dout = drawn(0)
     large = torch.cat((40.0 * qkv.detach()[..., : 2 * dout.shape[2]], qkv.detach()[..., 2 * dout.shape[2] :]), -1)
-    if OP.refusal(backend, large, 3) is not None:
+    if why_not(backend, large, 3) is not None:
         pytest.skip("not for this backend")
     found = gradients(lambda leaf: [attention(leaf, 3)], [large.requires_grad_()], [dout])
     wide = [large.detach().double().requires_grad_()]
@@ -152,7 +151,7 @@ def test_other_layouts_are_taken():
 def test_autocast_chooses_the_dtype_and_leaves_softmax_alone(backend):
     qkv, _ = drawn(0)
     half = qkv.detach().to(torch.bfloat16)
-    if OP.refusal(backend, half, 3) is not None:
+    if why_not(backend, half, 3) is not None:
         pytest.skip("not for this backend")
     with torch.autocast(DEVICE.type, torch.bfloat16):
         out = attention(qkv, 3)
@@ -233,7 +232,7 @@ def test_a_second_derivative_is_refused_and_the_reference_has_it():
     qkv, dout = drawn(0)
     with (
         use_backend(attention="reference"),
-        pytest.raises(RuntimeError, match="attention: it has no second derivative"),
+        pytest.raises(RuntimeError, match="attention: double backward"),
     ):
         torch.autograd.grad(attention(qkv, 3), qkv, dout, create_graph=True)
     (gradient,) = torch.autograd.grad(attention_reference(qkv, 3), qkv, dout, create_graph=True)
@@ -271,8 +270,9 @@ def test_a_cpu_takes_pytorchs_flash_attention_without_copies(monkeypatch):
         return sdpa(*heads)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    out = attention(qkv, 3)
-    assert OP.used == "flash" and "FlashAttention" in _names(out.grad_fn)
+    with record() as recording:
+        out = attention(qkv, 3)
+    assert recording.names() == {"attention": "flash"} and "FlashAttention" in _names(out.grad_fn)
     assert {head.untyped_storage().data_ptr() for head in seen} == {qkv.untyped_storage().data_ptr()}
     assert not {"Clone", "Unsafe"} & {name[:6] for name in _names(out.grad_fn).split()}
     (dqkv,) = torch.autograd.grad(out, qkv, dout)
@@ -284,22 +284,31 @@ def _names(node: Any) -> str:
     return " ".join([node.name(), *(_names(other) for other, _ in node.next_functions if other is not None)])
 
 
+@pytest.fixture
+def another(monkeypatch) -> Callable[..., None]:
+    """``another(name, call)``: let ``attention`` have this backend, on a CPU, in place of its own of that name."""
+
+    def add(name: str, call: Callable[[Tensor, int], Tensor]) -> None:
+        monkeypatch.setitem(OP.backends, name, External(name, call, device=""))
+        monkeypatch.setattr(OP, "_available", ())
+
+    return add
+
+
 @ON_CPU
-def test_the_fastest_is_taken_where_it_was_timed(monkeypatch):
+def test_the_fastest_is_taken_where_it_was_timed(another):
     qkv, _ = drawn(0)
-    slow = OP.libraries["flash"].call
-    monkeypatch.setitem(OP.libraries, "efficient", _library(slow))
-    monkeypatch.setattr(OP, "_auto", {})
-    with choices.probing():
+    another("efficient", torchs_own)
+    with autotune() as tuner, record() as recording:
         attention(qkv, 3)
-    (form, chosen), *rest = choices.stored()["attention"].items()
-    assert form == "float32[2, 17, 648], 3" and chosen in ("flash", "efficient") and not rest
-    choices.load({"attention": {form: "efficient"}}, "kernels.json")
-    attention(qkv, 3)
-    assert OP.used == "efficient"
-    assert "takes efficient, the fastest when they were timed" in explain("attention", qkv, 3)
-    attention(qkv[:1], 3)
-    assert OP.used == "flash"
+        (found, chosen), *rest = tuner.choices(DEVICE)["attention"].items()
+        assert found == "float32[2, 17, 648] with gradient, 3" and chosen in ("flash", "efficient") and not rest
+        tuner.timing = False
+        tuner.load({"attention": {found: "efficient"}}, DEVICE, "kernels.json")
+        attention(qkv, 3)
+        assert recording.backends["attention"][-1] == "efficient" or chosen == "efficient"
+        assert "takes efficient, the fastest of those timed" in explain("attention", qkv, 3)
+        assert "takes flash, the first that can run" in explain("attention", qkv[:1], 3)
 
 
 @ON_CPU
@@ -317,39 +326,25 @@ def test_numbers_that_are_not_finite_give_nan_where_the_reference_does(part, bad
             assert torch.equal(found.isnan(), wanted.isnan())
 
 
-def _library(call: Any) -> Any:
-    """One that runs on this machine."""
-    from erd_fast.ops.declare import Library
-
-    return Library(call, lambda: None, device="")
-
-
 @ON_CPU
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_library_that_fails_raises_and_the_remedy_is_named(monkeypatch, stored):
-    def broken(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+def test_an_external_backend_that_fails_raises_and_the_remedy_is_named(another, stored):
+    def broken(qkv: Tensor, num_heads: int) -> Tensor:
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setitem(OP.libraries, "cudnn", _library(broken))
-    monkeypatch.setitem(OP.forward.supports, "cudnn", lambda qkv, num_heads: None)
-    monkeypatch.setattr(OP, "_auto", {})
-    qkv, _ = drawn(0)
+    another("cudnn", broken)
+    qkv, tuner = drawn(0)[0], Autotuner(timing=False)
     if stored:
-        choices.load({"attention": {choices.form_of((qkv, 3)): "cudnn"}}, "kernels.json")
-    with pytest.raises(RuntimeError, match="No available kernel") as caught:
+        tuner.load({"attention": {signature((qkv, 3)): "cudnn"}}, DEVICE, "kernels.json")
+    with autotune(tuner), pytest.raises(RuntimeError, match="No available kernel") as caught:
         attention(qkv, 3)
     assert "attention failed on backend cudnn; ERD_FAST_BACKEND=attention=reference" in str(caught.value.__notes__)
 
 
-def test_cudnn_is_first_where_pytorch_has_it_first(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, version, first in (((9, 0), 91501, "cudnn"), ((8, 0), 91501, "flash"), ((9, 0), 91500, "flash")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
-        OP.libraries["cudnn"].late.cache_clear()
-        order = sorted(OP.backends, key=OP.lateness)
-        assert order[0] == first and order[-1] == "reference" and order.index("cudnn") in (0, len(order) - 2)
-    OP.libraries["cudnn"].late.cache_clear()
+def test_cudnn_is_first_where_pytorch_has_it_first():
+    assert not cudnn_is_late(91501, 9) and not cudnn_is_late(91501, 10)
+    assert cudnn_is_late(91501, 8) and cudnn_is_late(91500, 9)
+    assert next(iter(OP.backends)) == "cudnn"
 
 
 @ON_CPU
@@ -381,17 +376,14 @@ def test_what_is_not_here_says_why_and_what_to_do(name):
     ],
 )
 def test_what_a_backend_cannot_take_is_known_before(name, tokens, head_dim, dtype, reason):
-    found = OP.forward.reason_against(name, (torch.empty(1, tokens, 3 * head_dim, dtype=dtype), 1))
+    found = OP.backends[name].rule(qkv=torch.empty(1, tokens, 3 * head_dim, dtype=dtype), num_heads=1)
     assert found is None if reason is None else reason in found
 
 
-def test_an_old_cudnn_reads_beyond_the_last_token(monkeypatch):
+def test_an_old_cudnn_reads_beyond_the_last_token():
     qkv = torch.empty(1, 258, 192, dtype=torch.bfloat16)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
-    assert "multiples of 128 tokens, and this is 258" in OP.forward.reason_against("cudnn", (qkv, 1))
-    assert OP.forward.reason_against("cudnn", (qkv[:, :256], 1)) is None
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    assert OP.forward.reason_against("cudnn", (qkv, 1)) is None
+    assert "multiples of 128 tokens, and this is 258" in cudnn_rule(qkv, 1, 91500)
+    assert cudnn_rule(qkv[:, :256], 1, 91500) is None and cudnn_rule(qkv, 1, 91501) is None
 
 
 @pytest.mark.parametrize(
@@ -414,7 +406,7 @@ def test_flash_attentions_packages_get_what_they_take(monkeypatch, module, name,
     for part in (module.split(".")[0], module):
         monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**functions))
     qkv, dout = drawn(0)
-    found = gradients(lambda leaf: list(OP.libraries[name].call(leaf, 3)), [qkv], [dout])
+    found = gradients(lambda leaf: [OP.backends[name].call(leaf, 3)], [qkv], [dout])
     expected = gradients(lambda leaf: [attention_reference(leaf, 3)], [qkv], [dout])
     wide = qkv.detach().double().requires_grad_()
     no_worse(found, expected, gradients(lambda leaf: [attention_reference(leaf, 3)], [wide], [dout.double()]))

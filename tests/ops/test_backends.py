@@ -16,9 +16,9 @@ NORMALS = 2e-6  # by which drawn normals may differ between backends
 HERE = [
     name
     for name in BACKENDS[:-1]
-    if OPS["q_sample"].refusal(name) is None and (name == "cpu") == (DEVICE.type == "cpu")
+    if OPS["q_sample"].why_not(name) is None and (name == "cpu") == (DEVICE.type == "cpu")
 ]
-pytestmark = pytest.mark.skipif(not HERE, reason="; ".join(f"{n}: {OPS['draw'].refusal(n)}" for n in BACKENDS[:-1]))
+pytestmark = pytest.mark.skipif(not HERE, reason="; ".join(f"{n}: {OPS['draw'].why_not(n)}" for n in BACKENDS[:-1]))
 GENERATOR = torch.Generator().manual_seed(0)
 
 

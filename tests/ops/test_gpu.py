@@ -25,7 +25,7 @@ BFLOAT16 = 2.0**-8
 
 @pytest.fixture(params=COMPILED)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    refusal = OPS["q_sample"].refusal(request.param)
+    refusal = OPS["q_sample"].why_not(request.param)
     if refusal is not None:
         pytest.skip("; ".join(refusal))
     with use_backend(request.param):
@@ -143,7 +143,7 @@ def test_a_step_compiles_into_one_graph(backend, mode):
     ids=["plain", "stratified", "table", "largest"],
 )
 def test_integers_are_the_same_bits_on_every_backend(how):
-    refusals = {name: refusal for name in COMPILED if (refusal := OPS["draw"].refusal(name))}
+    refusals = {name: refusal for name in COMPILED if (refusal := OPS["draw"].why_not(name))}
     if refusals:
         pytest.skip(f"{refusals}")
     sampler, how = how.get("t_sampler", "uniform"), {"dataset_size": 1_281_167, **how}

@@ -1,6 +1,8 @@
 """declare and backends: which backend runs, what is refused and why, and what torch's machinery makes of an op."""
 
 import contextlib
+import importlib
+import inspect
 import logging
 import re
 
@@ -13,8 +15,10 @@ import erd_fast
 from erd_fast import ops
 from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.errors import BackendUnavailableError, ConfigError
-from erd_fast.ops import OPS, backends, diffusion_loss, explain, q_sample, use_backend
-from erd_fast.ops.declare import Pass, declare
+from erd_fast.ops import OPS, ada_layer_norm, availability, diffusion_loss, explain, q_sample, record, use_backend
+from erd_fast.ops.core.backend import External
+from erd_fast.ops.core.op import Op
+from erd_fast.ops.core.selection import requested
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
 from erd_fast.ops.patchify import patchify, unpatchify
 
@@ -44,14 +48,31 @@ def reference_of(prediction: torch.Tensor) -> torch.Tensor:
 
 def test_every_op_has_the_reference():
     for name, op in OPS.items():
-        assert op.name == name and op.backends[-1] == "reference" and set(op.backends) <= {*ops.BACKENDS, *op.libraries}
+        assert op.name == name and list(op.backends)[-1] == "reference"
+        known = {*ops.BACKENDS, *(key for key, backend in op.backends.items() if isinstance(backend, External))}
+        assert set(op.backends) <= known
         with use_backend("reference"):
-            assert op.choose(torch.tensor(0)) == "reference"
+            assert op.choose({op.forward.leader: torch.tensor(0)}).name == "reference"
 
 
 def test_a_name_is_declared_once():
     with pytest.raises(ValueError, match="op draw is declared twice"):
-        declare("draw", Pass("() -> ()", tuple, tuple, print), backends=())
+        Op("draw", OPS["draw"].forward, backends=())
+
+
+def test_kernels_name_only_what_their_op_has():
+    """Arguments keep their names down to the kernel; one that does not exist would show only at a call."""
+    for op in OPS.values():
+        for direction in filter(None, (op.forward, op.backward)):
+            module = importlib.import_module(f"erd_fast.kernels.{op.name}")
+            kernels = [inspect.signature(getattr(module, direction.name)).parameters]
+            suffix = {"forward": "fwd", "backward": "bwd"}[direction.name]
+            compiled = getattr(torch.ops._erd_fast_C, f"{op.name}_{suffix}", None)
+            if compiled is not None:
+                kernels.append([argument.name for argument in compiled.default._schema.arguments])
+            for names in kernels:
+                assert set(names) <= {*direction.names, *direction.fields}, (op.name, direction.name)
+                assert set(direction.fields) <= set(names)
 
 
 @NO_GPU
@@ -73,51 +94,49 @@ def test_a_named_backend_that_cannot_run_raises(choose, text, monkeypatch):
 
 
 def test_a_gpu_older_than_the_build_is_refused_with_what_to_do():
-    assert all(backends.too_old(gpu, ["80", "90", "100"]) is None for gpu in ((8, 0), (8, 9), (9, 0), (12, 0)))
-    assert backends.too_old((9, 0), ["90a"]) is None
-    reason, remedy = backends.too_old((7, 5), ["80", "90"])
+    assert all(availability.too_old(gpu, ["80", "90", "100"]) is None for gpu in ((8, 0), (8, 9), (9, 0), (12, 0)))
+    assert availability.too_old((9, 0), ["90a"]) is None
+    reason, remedy = availability.too_old((7, 5), ["80", "90"])
     assert reason == "the extension was built for sm_80, sm_90 and newer, and this GPU is sm_75"
     assert remedy.startswith("reinstall with ERD_FAST_CUDA_ARCHS=75, or")
-    assert backends.too_old((8, 0), ["90a"]) is not None
+    assert availability.too_old((8, 0), ["90a"]) is not None
 
 
 def test_a_driver_older_than_the_toolkit_is_told_what_to_do():
-    assert all(backends.driver_too_old(driver, 13000) is None for driver in (13000, 13020, 14000))
-    assert backends.driver_too_old(12080, 12090) is None and backends.driver_too_old(12080, 0) is None
-    reason, remedy = backends.driver_too_old(12080, 13000)
+    assert all(availability.driver_too_old(driver, 13000) is None for driver in (13000, 13020, 14000))
+    assert availability.driver_too_old(12080, 12090) is None and availability.driver_too_old(12080, 0) is None
+    reason, remedy = availability.driver_too_old(12080, 13000)
     assert reason == "the extension was built with CUDA 13.0, and this driver is for CUDA 12.8"
     assert remedy == "update the driver, or reinstall with a toolkit of CUDA 12"
 
 
 def test_devices_that_no_kernel_is_for_take_the_reference():
     x, rows = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, 4, device="meta")
-    assert q_sample(x, rows, noise=x).x_t.shape == x.shape
-    assert OPS["q_sample"].used == "reference"
+    with record() as recording:
+        assert q_sample(x, rows, noise=x).x_t.shape == x.shape
+    assert recording.names() == {"q_sample": "reference"}
 
 
-def test_ops_without_the_named_backend_stay_auto(monkeypatch):
-    monkeypatch.setattr(OPS["draw"], "backends", ("cpu", "reference"))
-    with use_backend("triton"):
-        assert backends.asked_for("draw", OPS["draw"].backends) is None
-        assert backends.asked_for("q_sample", OPS["q_sample"].backends) == "triton"
+def test_ops_without_the_named_backend_stay_auto():
+    with use_backend("cpu"):
+        assert requested("ada_layer_norm") is None and requested("q_sample") == "cpu"
     with (
-        use_backend("triton", draw="triton"),
-        pytest.raises(BackendUnavailableError, match="draw has no triton backend"),
+        use_backend("cpu", ada_layer_norm="cpu"),
+        pytest.raises(BackendUnavailableError, match="ada_layer_norm has no cpu backend"),
     ):
-        OPS["draw"].choose(torch.tensor(0))
+        ada_layer_norm(torch.zeros(1, 2, 8))
 
 
-def test_a_block_replaces_the_variable_and_ends(monkeypatch):
+def test_a_block_overrides_the_variable_and_ends(monkeypatch):
     monkeypatch.setenv("ERD_FAST_BACKEND", "q_sample=triton")
-    every = ops.BACKENDS
-    assert backends.asked_for("q_sample", every) == "triton"
+    assert requested("q_sample") == "triton"
     with use_backend("auto"):
-        assert backends.asked_for("q_sample", every) is None
+        assert requested("q_sample") is None
         with use_backend(q_sample="reference"):
-            assert backends.asked_for("q_sample", every) == "reference"
-            assert backends.asked_for("draw", every) is None
-        assert backends.asked_for("q_sample", every) is None
-    assert backends.asked_for("q_sample", every) == "triton"
+            assert requested("q_sample") == "reference"
+            assert requested("draw") is None
+        assert requested("q_sample") is None
+    assert requested("q_sample") == "triton"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +161,7 @@ def test_explain_says_which_and_why_not():
     with use_backend("reference"):
         prediction, target, weight = case()
         text = explain("diffusion_loss", prediction, target, weight, T_INDEX)
-        assert text.startswith("diffusion_loss takes reference, asked for by name")
+        assert text.startswith("diffusion_loss takes reference, requested")
         assert not re.search(r"cuda: can run", text)
     target.requires_grad_()
     assert "differentiable reference" in explain("diffusion_loss", prediction, target, weight, T_INDEX)
@@ -155,12 +174,11 @@ def test_explain_says_which_and_why_not():
 
 def test_what_runs_is_logged_once(caplog):
     prediction, _, _ = case()
-    OPS["diffusion_loss"].used = None
-    with caplog.at_level(logging.INFO, "erd_fast.ops"), use_backend("reference"):
+    with caplog.at_level(logging.INFO, "erd_fast.ops"), use_backend("reference"), record() as recording:
         loss_of(prediction)
         loss_of(prediction)
     assert [record.message for record in caplog.records] == ["diffusion_loss runs on reference"]
-    assert OPS["diffusion_loss"].used == "reference"
+    assert recording.backends == {"diffusion_loss": ["reference"]}
 
 
 def test_gradients_are_those_of_the_reference():
@@ -184,7 +202,7 @@ def test_functorch_and_forward_mode_are_those_of_the_reference():
 
 def test_a_second_derivative_is_refused_and_the_reference_has_it():
     prediction = case()[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(loss_of(prediction), prediction, create_graph=True)
     (gradient,) = torch.autograd.grad(reference_of(prediction), prediction, create_graph=True)
     assert torch.autograd.grad(gradient.sum(), prediction)[0].abs().sum() > 0

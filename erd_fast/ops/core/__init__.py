@@ -1,0 +1,1 @@
+"""How an op is declared, which backend runs it, and what that choice depends on."""

@@ -1,0 +1,168 @@
+"""Timing the backends of an op, where the fastest depends on the shapes and dtypes of its arguments."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from erd_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from erd_fast.ops.core.backend import Backend
+    from erd_fast.ops.core.op import Args, Op
+
+Choices = dict[str, dict[str, str]]
+"""op -> signature of its arguments -> backend."""
+
+_CALLS, _ROUNDS = 5, 7
+_active: contextvars.ContextVar["Autotuner | None"] = contextvars.ContextVar("erd_fast_autotuner", default=None)
+_log = logging.getLogger("erd_fast.ops")
+
+
+class Autotuner:
+    """The fastest backend by device, op and signature. Signatures that it does not know keep the static order.
+
+    Attributes:
+        timing: whether an unknown signature is timed at its first call.
+        captured: whether calls on a GPU are timed in a CUDA graph, as a captured training step runs them.
+        left_out: "op: backend: signature" -> why the backend failed while it was timed.
+    """
+
+    def __init__(self, timing: bool = True, captured: bool = True):
+        self.timing, self.captured = timing, captured
+        self.left_out: dict[str, str] = {}
+        self._choices: dict[str, Choices] = {}
+
+    def choices(self, device: torch.device) -> Choices:
+        """What was timed or loaded for devices of this model."""
+        return {op: dict(found) for op, found in sorted(self._choices.get(device_name(device), {}).items())}
+
+    def load(self, choices: Any, device: torch.device, source: str) -> None:
+        """Adopt what :meth:`choices` returned, from ``source``.
+
+        Raises:
+            ConfigError: it has another structure.
+        """
+        valid = isinstance(choices, dict) and all(
+            isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
+            for found in choices.values()
+        )
+        if not valid:
+            raise ConfigError(f"{source}: choices must map ops to signatures to backends, got {choices!r}")
+        for op, found in choices.items():
+            self._choices.setdefault(device_name(device), {}).setdefault(op, {}).update(found)
+
+    def find(self, op: "Op", args: "Args") -> str | None:
+        """The known backend for these arguments."""
+        known = self._choices.get(device_name(op.device(args)), {})
+        return known.get(op.name, {}).get(signature(args.values()))
+
+    def time(self, op: "Op", args: "Args", call: "Callable[[Backend], Any]") -> str | None:
+        """Time ``call(backend)`` for each backend that can run these arguments, and keep the fastest.
+
+        The reference is left out, and so is a single backend: there is nothing to choose. Nothing is timed while a
+        CUDA graph is captured.
+
+        Returns:
+            The fastest; None if nothing was timed.
+        """
+        backends = [backend for backend in op.candidates(args) if backend.name != "reference"]
+        device = op.device(args)
+        if not self.timing or len(backends) < 2 or capturing(device):
+            return None
+        seconds: dict[str, float] = {}
+        for backend in backends:
+            try:
+                seconds[backend.name] = self._seconds(functools.partial(call, backend), device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.left_out[f"{op.name}: {backend.name}: {signature(args.values())}"] = str(error)
+                _log.warning("%s: backend %s fails and is left out: %s", op.name, backend.name, error)
+        if not seconds:
+            return None
+        best = min(seconds, key=seconds.__getitem__)
+        self.load({op.name: {signature(args.values()): best}}, device, "autotuning")
+        _log.info("%s: %s is the fastest of %s", op.name, best, {name: f"{s:.3g} s" for name, s in seconds.items()})
+        return best
+
+    def _seconds(self, call: Callable[[], Any], device: torch.device) -> float:
+        """Median seconds of a call."""
+        if device.type != "cuda":
+            call()  # compiles and allocates
+            return statistics.median(_host_seconds(call) for _ in range(_ROUNDS))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            call()
+            repeat = _captured(call, stream) if self.captured else lambda: [call() for _ in range(_CALLS)]
+            found = statistics.median(_device_seconds(repeat, stream) for _ in range(_ROUNDS))
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return found
+
+
+@contextlib.contextmanager
+def autotune(tuner: Autotuner | None = None) -> Iterator[Autotuner]:
+    """Choose by ``tuner`` within this block, and in threads that run in a copy of its context. By default a new one,
+    which times every signature at its first call."""
+    tuner = Autotuner() if tuner is None else tuner
+    token = _active.set(tuner)
+    try:
+        yield tuner
+    finally:
+        _active.reset(token)
+
+
+def active_autotuner() -> Autotuner | None:
+    return _active.get()
+
+
+def signature(values: Iterable[Any]) -> str:
+    """Shapes, dtypes and other arguments of a call: what a backend's success and speed depend on."""
+    return ", ".join(_tensor(it) if isinstance(it, Tensor) else str(it).removeprefix("torch.") for it in values)
+
+
+def _tensor(it: Tensor) -> str:
+    with_gradient = it.requires_grad and torch.is_grad_enabled()
+    return f"{str(it.dtype).removeprefix('torch.')}{list(it.shape)}{' with gradient' * with_gradient}"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's model, so that a choice holds for every such GPU; else the type of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream of ``device`` are recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _host_seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    return (time.perf_counter() - began) / _CALLS
+
+
+def _captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(_CALLS):
+            call()
+    return graph.replay
+
+
+def _device_seconds(repeat: Callable[[], Any], stream: torch.cuda.Stream) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record(stream)
+    repeat()
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / _CALLS

@@ -1,0 +1,149 @@
+"""What an op can run on: PyTorch, our Triton kernels, our compiled kernels, functions of other projects."""
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from erd_fast.ops.availability import Reason, extension_unavailable, interpreted, triton_unavailable
+
+if TYPE_CHECKING:
+    from erd_fast.ops.core.op import Args, Outputs, Pass
+
+_SUFFIX = {"forward": "fwd", "backward": "bwd"}
+
+
+class Backend:
+    """Base of the four kinds of backend.
+
+    Attributes:
+        name: as in ``ERD_FAST_BACKEND``.
+        device: the type of device whose tensors it takes; "" is any.
+    """
+
+    name: str
+    device: str
+
+    def __init__(self, name: str, device: str, rule: Callable[..., str | None] | None = None):
+        """``rule`` receives the arguments of the forward pass by name, and returns why the backend cannot run them, in
+        either direction."""
+        self.name, self.device, self.rule = name, device, rule
+
+    def unavailable(self) -> Reason | None:
+        """Why no op can run on it on this machine."""
+        return None
+
+    def why_not(self, device: torch.device, args: "Args") -> Reason | None:
+        """Why it cannot run a call with these arguments, on tensors of ``device``, or its backward pass."""
+        if self.device not in ("", device.type):
+            return Reason(
+                f"it takes {self.device} tensors, and these are on {device.type}",
+                f"move them to {self.device}, or take another backend",
+            )
+        reason = None if self.rule is None else self.rule(**args)
+        return None if reason is None else Reason(reason, "take another backend for this call")
+
+    def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
+        """Run one direction of an op."""
+        raise NotImplementedError
+
+
+class Reference(Backend):
+    """PyTorch, on every device."""
+
+    def __init__(self) -> None:
+        super().__init__("reference", "")
+
+    def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
+        return direction.body(**args)
+
+
+class _Kernels(Backend):
+    """Kernels of ours: they fill the outputs that :attr:`Pass.empty` allocates, and receive the arguments and outputs
+    that they name. An output without elements is not wanted: it is passed as None."""
+
+    def __init__(self, name: str, device: str, rule: Callable[..., str | None] | None = None):
+        super().__init__(name, device, rule)
+        self._loaded: dict[tuple[str, str], tuple[Callable[..., None], list[str]]] = {}
+
+    def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
+        key = direction.op, direction.name
+        if key not in self._loaded:
+            self._loaded[key] = self._load(*key)
+        kernel, names = self._loaded[key]
+        outputs = direction.empty(**args)
+        named = args.copy()
+        for name, output in zip(direction.fields, outputs, strict=True):
+            named[name] = output if output.numel() else None
+        with self._guard(device):
+            kernel(*[named[name] for name in names])
+        return outputs
+
+    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
+        """The kernel, and the names of what it receives."""
+        raise NotImplementedError
+
+    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+class Triton(_Kernels):
+    """``forward`` and ``backward`` of kernels/<op>.py."""
+
+    def __init__(self, rule: Callable[..., str | None] | None = None):
+        super().__init__("triton", "cpu" if interpreted() else "cuda", rule)
+
+    def unavailable(self) -> Reason | None:
+        return triton_unavailable()
+
+    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
+        kernel = getattr(importlib.import_module(f"erd_fast.kernels.{op}"), direction)
+        return kernel, list(inspect.signature(kernel).parameters)
+
+    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Extension(_Kernels):
+    """``_erd_fast_C::<op>_fwd`` and ``_bwd`` of csrc/, for ``cuda`` or ``cpu``."""
+
+    def __init__(self, device: str, rule: Callable[..., str | None] | None = None):
+        super().__init__(device, device, rule)
+
+    def unavailable(self) -> Reason | None:
+        return extension_unavailable(self.name)
+
+    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
+        kernel = getattr(torch.ops._erd_fast_C, f"{op}_{_SUFFIX[direction]}").default
+        return kernel, [argument.name for argument in kernel._schema.arguments]
+
+
+class External(Backend):
+    """A differentiable function of another project; its autograd is its own.
+
+    Attributes:
+        call: receives the arguments by name and returns the op's first output.
+        late: whether ``auto`` tries it after the others, in spite of its place among them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: Callable[..., torch.Tensor],
+        rule: Callable[..., str | None] | None = None,
+        unavailable: Callable[[], Reason | None] = lambda: None,
+        device: str = "cuda",
+        late: Callable[[], bool] = lambda: False,
+    ):
+        super().__init__(name, device, rule)
+        self.call, self.late, self._unavailable = call, late, unavailable
+
+    def unavailable(self) -> Reason | None:
+        return self._unavailable()
+
+    def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
+        return direction.outputs(self.call(**args), *[None] * (len(direction.fields) - 1))
