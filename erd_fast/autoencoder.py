@@ -9,18 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from erd_fast.errors import ConfigError, DataError
 from erd_fast.extras import load
-from erd_fast.numerics import float32_products
+from erd_fast.numerics import PRECISION_DTYPES, Precision, float32_products
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _Found = TypeVar("_Found")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Posterior(NamedTuple):
@@ -59,7 +57,7 @@ class Autoencoder:
         self.channels: int = config.latent_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = _scale_and_shift(config)
-        self._precision, self._dtype = precision, _DTYPES.get(precision, torch.float32)
+        self._precision, self._dtype = precision, PRECISION_DTYPES[precision]
         self._move(device)
         self._vae.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 

@@ -21,6 +21,7 @@ from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.timing import Sampler, Timing, captured, interleaved, wall
 from erd_fast.benchmark.workload import Case, Deviation, Tensors, Variant, Workload, call_of, running
 from erd_fast.errors import BackendUnavailableError, ConfigError, RunError
+from erd_fast.numerics import is_out_of_memory
 from erd_fast.ops import OPS, Autotuner, Recording, autotune, record, use_backend
 from erd_fast.ops.core.backend import External
 from erd_fast.training.metrics import peak_tflops
@@ -124,7 +125,9 @@ def bench_case(
     try:
         workload = case.build(device)
         expected = truth(workload)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         leave_out(f"{case.group} {case.name}", error)
         return
     prepared: dict[Variant, _Prepared] = {}
@@ -138,7 +141,7 @@ def bench_case(
                 failed(variant, error)
                 continue
             others = any(isinstance(OPS[op].backends.get(variant.backend), External) for op in case.ops)
-            if variant.ours and not others and not isinstance(error, (torch.OutOfMemoryError, BackendUnavailableError)):
+            if variant.ours and not others and not is_absent(error):
                 raise
             leave_out(str(variant), error)
     del expected
@@ -150,8 +153,13 @@ def bench_case(
 def leave_out(what: str, error: Exception) -> None:
     """Say so."""
     say(f"  {what} does not run here and is left out: {error}")
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         torch.cuda.empty_cache()
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether a variant is not installed here or does not fit into memory; any other error of ours ends the run."""
+    return isinstance(error, BackendUnavailableError) or is_out_of_memory(error)
 
 
 def variants_of(case: Case, device: torch.device) -> list[Variant]:

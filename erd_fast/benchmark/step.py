@@ -13,16 +13,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from erd_fast.benchmark.ops import backends_used, leave_out, matching, matmul, rates_of, say
+from erd_fast.benchmark.ops import backends_used, is_absent, leave_out, matching, matmul, rates_of, say
 from erd_fast.benchmark.records import Record
 from erd_fast.benchmark.step_baselines import Baseline, baselines
 from erd_fast.benchmark.step_cases import Problem, StepCase, make_problem, step_cases
 from erd_fast.benchmark.step_check import Off, Trainer, check, witness
 from erd_fast.benchmark.step_ours import OURS, Ours, ablations
 from erd_fast.benchmark.timing import Sampler, Timing, interleaved, wall
-from erd_fast.errors import BackendUnavailableError, RunError
+from erd_fast.errors import RunError
 from erd_fast.models import model_flops
-from erd_fast.numerics import is_out_of_memory
+from erd_fast.numerics import is_out_of_memory, set_numerics
 from erd_fast.ops import record
 
 SECONDS = 5.0
@@ -99,7 +99,8 @@ def variants_of(case: StepCase, device: torch.device) -> list[str]:
 
 def make_trainer(problem: Problem, name: str) -> Trainer:
     """The variant called ``name``, at its start."""
-    recipes = baselines(problem.device)
+    train, recipes = problem.config.train, baselines(problem.device)
+    set_numerics(train.precision, problem.device, deterministic=train.deterministic)
     return Baseline(problem, recipes[name]) if name in recipes else Ours(problem, name)
 
 
@@ -250,8 +251,7 @@ def sampler_of(trainer: Trainer) -> Sampler:
 
 def _may_fail(problem: Problem, name: str, error: Exception) -> bool:
     """Ours may not, but for what is not here or does not fit."""
-    absent = isinstance(error, BackendUnavailableError) or is_out_of_memory(error)
-    return absent or name in baselines(problem.device)
+    return is_absent(error) or name in baselines(problem.device)
 
 
 def make_room() -> None:

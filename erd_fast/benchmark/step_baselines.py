@@ -20,7 +20,6 @@ from erd_fast.diffusion import DiffusionProcess
 from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import DiffusionLoss, Draw, QSample
 from erd_fast.ops.patchify import patchify, unpatchify
-from erd_fast.training.build import set_numerics
 from erd_fast.training.config import OptimConfig
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -165,7 +164,6 @@ class Baseline:
 
     def __init__(self, problem: Problem, recipe: Recipe):
         config, self._problem, self._recipe = problem.config, problem, recipe
-        set_numerics(config, problem.device)
         self.model = problem.model(config)
         self.model.kernels = False
         self.low_precision = config.train.precision != "fp32"

@@ -15,7 +15,7 @@ from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.numerics import allow_reduced_precision_reductions
 from erd_fast.ops import Autotuner, autotune
 from erd_fast.optim import AdamWEMA
-from erd_fast.training.build import make_optimizer, make_process, set_numerics
+from erd_fast.training.build import make_optimizer, make_process
 from erd_fast.training.config import RunConfig
 from erd_fast.training.distributed import Ranks
 from erd_fast.training.graph import StepGraph
@@ -63,7 +63,6 @@ class Ours:
             raise ConfigError(unknown_name("variant", name, _VARIANTS))
         self._problem = problem
         config = _changed(problem.config, name)
-        set_numerics(config, problem.device)
         self.model = problem.model(config)
         self.low_precision = config.train.precision != "fp32"
         process, optimizer = make_process(config, problem.device), make_optimizer(config, self.model)

@@ -16,7 +16,8 @@ ADM_CROP = "adm-center"
 """Halved by averages until the shorter side is under twice the wanted one, then bicubic, then the middle square (the
 crop of ADM, arXiv 2105.05233, which DiT, U-ViT, EDM2 and their successors use)."""
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
+STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
+"""By the name that a manifest has for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _check_manifest(manifest: Manifest, file: Path) -> None:
     shape = manifest.shape
     check("kind", manifest.kind in KINDS, ", ".join(KINDS))
     check("flip", manifest.flip in get_args(Flip), ", ".join(get_args(Flip)))
-    check("dtype", manifest.dtype in DTYPES, ", ".join(DTYPES))
+    check("dtype", manifest.dtype in STORED_DTYPES, ", ".join(STORED_DTYPES))
     check("dtype", (manifest.dtype == "uint8") == (manifest.kind == "pixels"), "uint8 for pixels and for them alone")
     is_shape = isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
     check("shape", is_shape, "three positive whole numbers (C, H, W)")

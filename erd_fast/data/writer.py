@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from erd_fast.data.foreign import CLASSES
-from erd_fast.data.manifest import DTYPES, Manifest, Shard
+from erd_fast.data.manifest import STORED_DTYPES, Manifest, Shard
 from erd_fast.data.store import LatentStore, sha256_of
 from erd_fast.errors import DataError
 from erd_fast.files import new_folder, whole_file, write_json
@@ -133,8 +133,8 @@ def _check_form(latents: Tensor, labels: Tensor, first: Tensor) -> None:
             f"given latents {latents.dtype} {tuple(latents.shape)}, allowed those of the first batch: "
             f"{first.dtype} (n, {', '.join(map(str, first.shape[1:]))})"
         )
-    if latents.dtype not in DTYPES.values():
-        raise DataError(f"given latents {latents.dtype}, allowed {', '.join(DTYPES)}")
+    if latents.dtype not in STORED_DTYPES.values():
+        raise DataError(f"given latents {latents.dtype}, allowed {', '.join(STORED_DTYPES)}")
 
 
 def _check_labels(labels: Tensor, num_classes: int | None, seen: int) -> None:

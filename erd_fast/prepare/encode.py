@@ -15,15 +15,16 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from erd_fast.autoencoder import Autoencoder, Posterior, Precision
+from erd_fast.autoencoder import Autoencoder, Posterior
 from erd_fast.data.decoding import Broken, Decoded, decode_ahead, parts
-from erd_fast.data.manifest import ADM_CROP, DTYPES, Shard
+from erd_fast.data.manifest import ADM_CROP, STORED_DTYPES, Shard
 from erd_fast.data.pictures import Pictures, decode, open_pictures
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import write_manifest, write_shard
-from erd_fast.errors import ConfigError, DataError, RunError
+from erd_fast.errors import ConfigError, DataError
 from erd_fast.files import read_json, write_bytes, write_json
 from erd_fast.latents import FloatKind
+from erd_fast.numerics import Precision, explained_out_of_memory
 from erd_fast.prepare.contact_sheet import contact_sheet
 from erd_fast.prepare.unfinished import Unfinished
 from erd_fast.progress import Progress
@@ -102,7 +103,8 @@ def _make(job: "_Job", settings: dict[str, Any]) -> bool:
     """Do this process's share, and what remains at the end. Whether the store is there."""
     rank, size, *_ = own_place()
     work = job.work
-    with work.joined(rank) as joined, _memory_suffices(job.options):
+    advice = f"batch_size: given {job.options.batch_size}, and the GPU's memory is full: take a smaller one"
+    with work.joined(rank) as joined, explained_out_of_memory(advice):
         if not _is_finished(work.dst, settings):  # by another process, meanwhile
             work.check_settings(settings)
             job.run(range(rank, len(job.ranges), size))
@@ -174,7 +176,7 @@ class _Job:
         write_manifest(
             store,
             shards,
-            torch.empty(0, *shape, dtype=DTYPES[self.options.dtype]),
+            torch.empty(0, *shape, dtype=STORED_DTYPES[self.options.dtype]),
             kind=self.options.kind,
             num_classes=self._pictures.num_classes,
             class_names=self._pictures.class_names,
@@ -216,7 +218,7 @@ class _Job:
             if self.options.flip == "stored":
                 pixels = torch.stack((pixels, pixels.flip(2)), dim=1).flatten(0, 1)
             rows = self._kept(self._autoencoder.encode(pixels), decoded) if decoded.numbers else torch.empty(0)
-            yield decoded, _Encoding(rows.to(DTYPES[self.options.dtype]))
+            yield decoded, _Encoding(rows.to(STORED_DTYPES[self.options.dtype]))
 
     def _kept(self, posterior: Posterior, decoded: Decoded) -> Tensor:
         if self.options.kind == "mean_std":
@@ -319,14 +321,3 @@ def _is_finished(dst: Path, settings: dict[str, Any]) -> bool:
     if not note.is_file() or read_json(note)["settings"] != settings:
         raise DataError(f"{dst} exists already; stores are never changed, so name a new folder")
     return True
-
-
-@contextlib.contextmanager
-def _memory_suffices(options: EncodeOptions) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"batch_size: given {options.batch_size}, and the GPU's memory is full: take a smaller one "
-            f"({str(error).splitlines()[0]})"
-        ) from error

@@ -1,7 +1,6 @@
 """From a configuration to what trains: store, model, process, optimizer."""
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from erd_fast.diffusion import DiffusionProcess, get_schedule
 from erd_fast.errors import ConfigError
 from erd_fast.models import DiffusionModel, create_model, model_flops
 from erd_fast.nn.precision import lower_precision
-from erd_fast.numerics import allow_reduced_precision_reductions, allow_tf32
+from erd_fast.numerics import PRECISION_DTYPES, set_numerics
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig, config_text
 from erd_fast.training.distributed import Ranks
-from erd_fast.training.step import DTYPES, TrainStep
+from erd_fast.training.step import TrainStep
 
 
 def open_store(config: RunConfig) -> LatentStore:
@@ -58,7 +57,7 @@ def describe(config: RunConfig) -> str:
 
 def build_step(config: RunConfig, store: LatentStore, device: torch.device, ranks: Ranks | None = None) -> TrainStep:
     """The step of this configuration at its start; the models of all ranks are equal."""
-    set_numerics(config, device)
+    set_numerics(config.train.precision, device, deterministic=config.train.deterministic)
     how = {**model_arguments(config, store), **computing(config)}
     model = create_model(**how, seed=config.train.seed, device=device)
     optimizer = make_optimizer(config, model)
@@ -69,7 +68,7 @@ def make_optimizer(config: RunConfig, model: DiffusionModel) -> AdamWEMA:
     """The optimizer of this configuration; a model with fused ops gets parameters of its precision, see
     :class:`TrainStep`."""
     optim, train = config.optim, config.train
-    dtype = DTYPES[train.precision]
+    dtype = PRECISION_DTYPES[train.precision]
     lowered = dtype != torch.float32 and model.kernels
     masters = lower_precision(model, dtype) if lowered else None
     return AdamWEMA(
@@ -113,14 +112,3 @@ def computing(config: RunConfig) -> dict[str, Any]:
         "residual": torch.bfloat16 if model.residual == "bf16" else torch.float32,
         "recompute": {"auto": None, "on": True, "off": False}[model.recompute],
     }
-
-
-def set_numerics(config: RunConfig, device: torch.device) -> None:
-    """Set what PyTorch has as switches of a whole process: TensorFloat-32, reductions of products, determinism."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic in no other way
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        allow_tf32(config.train.precision != "fp32")
-        # A weight's gradient is a sum over all tokens of a batch; cuBLAS may split it, and round the parts to bfloat16.
-        allow_reduced_precision_reductions(False)

@@ -15,9 +15,9 @@ from erd_fast.diffusion.timesteps import TSampler
 from erd_fast.diffusion.weighting import Normalize, Reading
 from erd_fast.errors import ConfigError, unknown_name
 from erd_fast.models import MODELS
+from erd_fast.numerics import Precision
 from erd_fast.training.tracking import Track
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 SWITCH = {"on": True, "off": False, "true": True, "false": False}
 """How booleans may be written, in any case; YAML itself has these words for them."""
 LrSchedule = Literal["constant", "cosine"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erd_fast.data import Batch
 from erd_fast.errors import RunError
+from erd_fast.numerics import is_out_of_memory
 from erd_fast.training.step import TrainStep
 
 _WARM_UP, _WARM_UP_REPLICATED = 3, 11
@@ -103,9 +104,9 @@ class StepGraph:
             how: Any = {"pool": self._pool.id, "stream": self._stream, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(graph, **how):
                 self._step.compute(self._staged)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # of which PyTorch does not recover
+            if is_out_of_memory(error):
+                raise
             raise RunError(f"the step cannot be captured as a CUDA graph: {error}; --train.cuda-graph off") from error
         self._step.optimizer.refresh()  # addresses of gradients are those of the capture
         return graph

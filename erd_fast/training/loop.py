@@ -16,7 +16,7 @@ from erd_fast.data import Batch, LatentStore, open_reader
 from erd_fast.errors import ConfigError, ErdFastError, RunError
 from erd_fast.files import make_folder, remove_partial, write_text
 from erd_fast.models import model_flops
-from erd_fast.numerics import is_out_of_memory
+from erd_fast.numerics import explained_out_of_memory, is_out_of_memory
 from erd_fast.ops import Autotuner, Recording, autotune, record
 from erd_fast.ops.adamw_ema import SMALLEST_SCALE
 from erd_fast.ops.availability import extension_unavailable
@@ -54,7 +54,10 @@ def train(config: RunConfig, folder: Path, *, profile: bool = False) -> dict[str
         RunError: no permission, another process trains in the folder, the loss is not finite, a step does not fit into
             the GPU, or another rank has stopped.
     """
-    with process_group() as (ranks, device), _memory_is_short(config):
+    # Where warm-up did not foresee it: parameters and moments, or what another process has allocated meanwhile.
+    given = f"given {config.train.micro_batch} of train.batch_size {config.train.batch_size}"
+    advice = f"train.micro_batch: {given}, and the GPU's memory is full: take a smaller one, or a smaller model"
+    with process_group() as (ranks, device), explained_out_of_memory(advice):
         ranks.together(lambda: _check_folder(config, folder))
         store = ranks.together(lambda: open_store(config))
         _check_ranks(config, folder, store, ranks)
@@ -367,19 +370,6 @@ def _open_tracker(config: RunConfig, folder: Path, held: contextlib.ExitStack, l
     log.tracker = open_tracker(config.train.track, folder, config.flat())
     if log.tracker is not None:
         held.callback(log.tracker.close)
-
-
-@contextlib.contextmanager
-def _memory_is_short(config: RunConfig) -> Iterator[None]:
-    """Where the rehearsal did not see it coming: parameters alone, or what another process took meanwhile."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        given = f"given {config.train.micro_batch} of train.batch_size {config.train.batch_size}"
-        raise RunError(
-            f"train.micro_batch: {given}, and the GPU's memory is full: take a smaller one, or a smaller model "
-            f"({str(error).splitlines()[0]})"
-        ) from error
 
 
 @contextlib.contextmanager

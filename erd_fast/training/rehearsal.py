@@ -6,6 +6,7 @@ import torch
 
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.files import read_json, write_json
+from erd_fast.numerics import is_out_of_memory
 from erd_fast.ops import Autotuner, Recording, autotune, record
 from erd_fast.ops.core.autotune import Choices, device_name
 from erd_fast.training.step import TrainStep
@@ -56,27 +57,21 @@ def _pass(step: TrainStep) -> int:
     if step.device.type != "cuda":
         step.rehearse(step.micro_batch)
         return 0
-    try:
-        needed = _peak_bytes(step, step.micro_batch) + _later_bytes(step)
-    except torch.OutOfMemoryError:
-        needed = None
+    peak = _peak_bytes(step, step.micro_batch)
     available = torch.cuda.mem_get_info(step.device)[0] + torch.cuda.memory_reserved(step.device)
-    if needed is None or needed > available:
+    if peak is None or peak + _later_bytes(step) > available:
         raise RunError(_what_fits(step, available))
     torch.cuda.empty_cache()  # a captured step has memory of its own
     torch.cuda.reset_peak_memory_stats(step.device)
-    return needed - torch.cuda.memory_allocated(step.device)
+    return peak + _later_bytes(step) - torch.cuda.memory_allocated(step.device)
 
 
 def _what_fits(step: TrainStep, available: int) -> str:
-    try:
-        one = _peak_bytes(step, 1)
-    except torch.OutOfMemoryError:
+    one = _peak_bytes(step, 1)
+    if one is None:
         return f"model.name: {step.config.model.name} does not fit into this GPU's {available / _GIB:.2f} GiB"
-    try:
-        per_image = _peak_bytes(step, 2) - one
-    except torch.OutOfMemoryError:
-        per_image = available  # then one it is
+    two = _peak_bytes(step, 2)
+    per_image = available if two is None else two - one
     summed = sum(4 * p.numel() for p in step.model.parameters() if p.dtype != torch.float32)  # over micro-batches
     return too_large(step.micro_batch, _share(step), available, one + _later_bytes(step) + summed, per_image)
 
@@ -95,11 +90,17 @@ def too_large(micro_batch: int, share: int, available: int, one: int, per_image:
     )
 
 
-def _peak_bytes(step: TrainStep, images: int) -> int:
+def _peak_bytes(step: TrainStep, images: int) -> int | None:
+    """Most memory that is allocated during a step on ``images`` images; None if it does not fit."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(step.device)
-    step.rehearse(images)
-    torch.cuda.synchronize(step.device)
+    try:
+        step.rehearse(images)
+        torch.cuda.synchronize(step.device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
     return torch.cuda.max_memory_allocated(step.device)
 
 

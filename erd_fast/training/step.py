@@ -11,14 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from erd_fast.data import Batch, LatentStore
 from erd_fast.diffusion import DiffusionProcess
 from erd_fast.models import DiffusionModel
+from erd_fast.numerics import PRECISION_DTYPES
 from erd_fast.ops import Draw, Recording, record
 from erd_fast.optim import AdamWEMA
 from erd_fast.training.config import RunConfig
 from erd_fast.training.distributed import Ranks, Reduction, check_shares, replicate
 
 LOSS_BINS = 10
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""dtype of matrix products by ``train.precision``."""
 
 
 class TrainStep:
@@ -60,9 +59,9 @@ class TrainStep:
         self._dataset_size = manifest.count
         self.micro_batch = config.train.micro_batch or config.train.batch_size // ranks.size
         self.micro_batches = config.train.batch_size // (ranks.size * self.micro_batch)
-        self.dtype = DTYPES[config.train.precision]
+        self.dtype = PRECISION_DTYPES[config.train.precision]
         self._lowered = [p for p in model.parameters() if p.dtype != torch.float32]
-        reduce_dtype = DTYPES[config.train.reduce_dtype]
+        reduce_dtype = PRECISION_DTYPES[config.train.reduce_dtype]
         if self.micro_batches > 1 or (ranks.size > 1 and reduce_dtype == torch.float32):
             for parameter in self._lowered:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]

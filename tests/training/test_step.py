@@ -10,7 +10,6 @@ from torch import nn
 from erd_fast.data import Batch, LatentStore, open_reader, write_store
 from erd_fast.diffusion import process as process_module
 from erd_fast.ops import Draw
-from erd_fast.training.build import set_numerics
 from erd_fast.training.step import LOSS_BINS, TrainStep
 
 CPU = torch.device("cpu")
@@ -249,18 +248,3 @@ def test_a_batch_of_the_step_is_taken_from_the_reader(make_step, tiny, digits):
     rows = Batch(digits.gather(index), digits.labels[index], False)
     other = make_step(tiny())
     assert step(repeat(resident)).item() == other(repeat(rows)).item()
-
-
-def test_on_a_gpu_products_are_reduced_in_float32(tiny):
-    """A weight's gradient sums over all tokens; by default cuBLAS may round parts of the sum to bfloat16."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        set_numerics(tiny(), torch.device("cuda"))
-        assert [getattr(matmul, name) for name in names] == [False, False]
-    finally:
-        for name in names:
-            setattr(matmul, name, True)
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from erd_fast.data.formats.source import ImportOptions, Source
-from erd_fast.data.manifest import DTYPES
+from erd_fast.data.manifest import STORED_DTYPES
 from erd_fast.data.store import LatentStore
 from erd_fast.data.writer import SHARD_SIZE, write_store
 from erd_fast.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ def _write(source: Source, src: Path, dst: Path, options: ImportOptions, progres
     if source.num_classes == 0 and options.num_classes is not None:
         raise ConfigError(f"num_classes: given {options.num_classes}, but {src} has no labels")
     described = _described(source, first[0].shape[1], src, options)
-    dtype = torch.uint8 if source.kind == "pixels" else DTYPES[options.dtype]
+    dtype = torch.uint8 if source.kind == "pixels" else STORED_DTYPES[options.dtype]
     row = math.prod(first[0].shape[1:]) * dtype.itemsize
     return write_store(
         dst,

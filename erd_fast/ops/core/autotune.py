@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.errors import ConfigError
+from erd_fast.numerics import is_out_of_memory
 
 if TYPE_CHECKING:
     from erd_fast.ops.core.backend import Backend
@@ -81,9 +82,9 @@ class Autotuner:
         for backend in backends:
             try:
                 seconds[backend.name] = self._seconds(functools.partial(call, backend), device)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 self.left_out[f"{op.name}: {backend.name}: {signature(args.values())}"] = str(error)
                 _log.warning("%s: backend %s fails and is left out: %s", op.name, backend.name, error)
         if not seconds:
