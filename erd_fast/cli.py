@@ -236,7 +236,8 @@ class Bench:
     """Measure throughput beside eager PyTorch and torch.compile.
 
     ops: each op on each backend that is here, the ops of a step together, blocks and whole models. A backend is checked
-    before it is timed; all variants of a case are timed in turn (2 CPU cores: 5 to 7 minutes).
+    before it is timed; all variants of a case are timed in turn (2 CPU cores: 5 to 7 minutes). --filter calls measures
+    the overhead of single calls on a CPU and names the ratios above their limits.
     attention: PyTorch's, flash-attn's where they are installed, and ours, on the sequences of the models.
     step: whole training steps beside those that people write, and ours with pieces switched off (2 CPU cores: 3 to 7
     minutes).

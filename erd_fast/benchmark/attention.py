@@ -74,7 +74,7 @@ def _workload(case: AttentionCase, device: torch.device) -> Workload:
     douts = [drawn(1) for _ in given] if back else []
 
     def baseline(wrap: Wrap) -> Call:
-        attend = wrap(functools.partial(_eager, heads))
+        attend = wrap(functools.partial(eager_attention, heads))
         return lambda copy: (attend(given[copy]),)
 
     def truth() -> Tensors:
@@ -100,7 +100,8 @@ def _workload(case: AttentionCase, device: torch.device) -> Workload:
     )
 
 
-def _eager(heads: int, qkv: Tensor) -> Tensor:
+def eager_attention(heads: int, qkv: Tensor) -> Tensor:
+    """As models write it: (N, T, 3 D) to (N, T, D)."""
     n, t, row = qkv.shape
     q, k, v = qkv.view(n, t, 3, heads, row // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, row // 3)

@@ -17,7 +17,7 @@ def measure(what: str, pattern: str, seconds: float | None, file: Path | None) -
         ConfigError: no case contains the pattern. RunError: something of ours computes something else than it should.
     """
     found, report = records.collect(_measuring(what, pattern, seconds), file), _REPORTS.get(what)
-    print(report.table(found) if report else records.table(found))
+    print("\n".join([report.table(found) if report else records.table(found), *records.limits(found)]))
     if file is None:
         return
     print(f"wrote {file}")

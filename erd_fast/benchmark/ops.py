@@ -14,6 +14,7 @@ import torch
 
 from erd_fast.benchmark.attention import attention_cases
 from erd_fast.benchmark.block_cases import block_cases
+from erd_fast.benchmark.call_cases import call_cases
 from erd_fast.benchmark.model_cases import model_cases
 from erd_fast.benchmark.op_cases import op_cases
 from erd_fast.benchmark.optimizer_cases import optimizer_cases
@@ -28,6 +29,8 @@ from erd_fast.training.metrics import peak_tflops
 
 SECONDS = 0.3
 _COPY_BYTES = 256 << 20  # on a CPU; four times as many on a GPU
+_CALLS_SECONDS = 20e-3
+"""Of a sample of calls that are timed for their overhead: thousands of calls."""
 _MATRIX = 1024  # on a CPU; eight times as many rows on a GPU
 
 
@@ -35,7 +38,13 @@ def cases(what: str, device: torch.device) -> list[Case]:
     """Every case that can be measured on ``device``, in the order in which they are: of ``ops`` or ``attention``."""
     if what == "attention":
         return [*attention_cases(device)]
-    return [*op_cases(device), *optimizer_cases(device), *block_cases(device), *model_cases(device)]
+    return [
+        *op_cases(device),
+        *optimizer_cases(device),
+        *block_cases(device),
+        *model_cases(device),
+        *call_cases(device),
+    ]
 
 
 def bench(what: str, pattern: str = "", seconds: float = SECONDS, limit: float | None = None) -> Iterator[Record]:
@@ -146,8 +155,13 @@ def bench_case(
             leave_out(str(variant), error)
     del expected
     timings = interleaved([found.sampler for found in prepared.values()], seconds) if prepared else []
-    for (variant, found), timing in zip(prepared.items(), timings, strict=True):
-        yield _record(case, variant.name, found, timing, workload, device)
+    timed = dict(zip(prepared, timings, strict=True))
+    base = None if workload.limit is None else timed.get(Variant(case.baselines(device)[0]))
+    for variant, timing in timed.items():
+        record = _record(case, variant.name, prepared[variant], timing, workload, device)
+        if variant.ours and base is not None:
+            record = dataclasses.replace(record, ratio=timing.median_s / base.median_s, limit=workload.limit)
+        yield record
 
 
 def leave_out(what: str, error: Exception) -> None:
@@ -207,7 +221,10 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
         ran = variant.backend or (backends_used(recording) if variant.ours else "")
         peak_bytes = _peak_bytes(lambda: call(0)) if device.type == "cuda" else None
         calls = [functools.partial(call, copy) for copy in range(workload.copies)]
-        sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
+        if workload.limit is not None:
+            sampler = wall(calls, _CALLS_SECONDS)
+        else:
+            sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
 
     def take() -> float:
         with running(workload, variant), autotune(tuner):

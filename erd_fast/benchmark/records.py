@@ -56,6 +56,10 @@ class Record:
     """Part of a training step's time that it waits for its batch."""
     growth_bytes: int | None = None
     """Anonymous memory that was taken and not given back."""
+    ratio: float | None = None
+    """Of calls timed for their overhead: ours over the baseline."""
+    limit: float | None = None
+    """The most that the ratio should be."""
 
 
 def machine() -> dict[str, Any]:
@@ -128,8 +132,21 @@ _MORE: dict[str, tuple[str, Callable[[float], str]]] = {
     "gradient_off": ("gradient off", "{:.1e}".format),
     "peak_bytes": ("peak GiB", lambda count: f"{count / 2**30:.3f}"),
     "wait_pct": ("data wait", "{:.2f}%".format),
+    "ratio": ("ratio", "{:.2f}".format),
+    "limit": ("limit", "{:.2f}".format),
 }
 """Columns that some records have: head, and how a value is written."""
+
+
+def limits(records: Iterable[Record]) -> list[str]:
+    """Lines that name the ratios above their limits; nothing where no record has a limit."""
+    limited = [(record, record.ratio, record.limit) for record in records if record.ratio and record.limit]
+    above = [
+        f"above its limit: {record.group} {record.case}: ratio {ratio:.2f}, limit {limit:.2f}"
+        for record, ratio, limit in limited
+        if ratio > limit
+    ]
+    return above or (["all ratios are within their limits"] if limited else [])
 
 
 def aligned(lines: Sequence[Sequence[str]], names: int) -> str:

@@ -81,8 +81,10 @@ def wall(calls: Sequence[Call], seconds: float = _SAMPLE_SECONDS) -> Sampler:
             next(turn)()
         return (clock() - began) / count
 
-    once = sample(1)
-    count = max(1, round(seconds / once))
+    once, count = sample(1), 1
+    if seconds > once:  # of a few microseconds, most is the clock
+        once = sample(round(seconds / once))
+        count = max(1, round(seconds / once))
     return Sampler(lambda: sample(count), count * once)
 
 

@@ -113,15 +113,33 @@ class Workload:
     """Of matrix products, 2 a multiply-add, without what is computed again."""
     images: int | None = None
     """Of a model, whose results are its loss and its gradients."""
+    limit: float | None = None
+    """Of calls that are timed for their overhead, on one thread: the most that ours may take, relative to the first
+    baseline."""
 
 
 @contextlib.contextmanager
 def running(workload: Workload, variant: Variant) -> Iterator[None]:
     """What a variant is compiled and called in: its backend; and for gradients of a graph that is kept no donated
-    buffers, which a compiled backward pass may overwrite and which would end with its first run."""
+    buffers, which a compiled backward pass may overwrite and which would end with its first run. Calls timed for their
+    overhead run on one thread and as users make them, outside any block of use_backend."""
+    if workload.limit is not None:
+        with _one_thread():
+            yield
+        return
     donated = torch._functorch.config.donated_buffer and workload.backward is None
     with use_backend(variant.backend), torch._functorch.config.patch(donated_buffer=donated):
         yield
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def call_of(workload: Workload, variant: Variant) -> Call:

@@ -178,7 +178,15 @@ def test_a_filter_without_a_case_is_refused():
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("", 47), ("N=8", 25), ("q_sample", 10), ("q_sample drawn", 5), ("ops/step N=1024", 1), ("model/DiT-S/2", 1)],
+    [
+        ("", 54),
+        ("N=8", 25),
+        ("q_sample", 11),
+        ("calls", 7),
+        ("q_sample drawn", 5),
+        ("ops/step N=1024", 1),
+        ("model/DiT-S/2", 1),
+    ],
 )
 def test_a_filter_takes_the_cases_that_contain_it(pattern, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
