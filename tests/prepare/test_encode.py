@@ -214,7 +214,7 @@ def test_options_that_are_not_allowed_are_named(given, tmp_path, options, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_exists_is_refused_and_kept(given, tmp_path):
+def test_a_folder_that_exists_is_refused_and_kept(given, whole, tmp_path):
     store = latent_store(tmp_path / "store", "sample", count=10)
     before = content(store.path)
     (tmp_path / "empty").mkdir()
