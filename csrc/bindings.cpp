@@ -1,9 +1,10 @@
 /*
 torch.ops._erd_fast_C: the compiled ops as torch sees them, and the only file that sees torch.
 
-Each binding checks what could make a kernel read or write where it must not, fills the argument struct of launchers.h,
-and calls the CUDA launcher or the CPU twin. Outputs are the caller's. The public ops, erd_fast::..., are declared in
-Python, which also explains shapes; a check here says op, argument, what was given and what is allowed.
+Each binding fills the argument struct of launchers.h and calls the CUDA launcher or the CPU twin. Outputs are the
+caller's. These ops are private: the public ones, erd_fast::..., are declared in Python, which checks shapes, ranges and
+rows before it calls them. Checked here is what kernels rely on and Python may get wrong unnoticed: device, dtype,
+contiguity and number of elements, and on the CPU the indices that Python cannot read while torch.compile traces.
 
 Built against torch's stable ABI (TORCH_TARGET_VERSION, setup.py): one binary serves every torch from that version on.
 The library needs no CUDA driver to load, nor a torch with CUDA: the one symbol that only such a torch has is weak.
@@ -20,7 +21,6 @@ The library needs no CUDA driver to load, nor a torch with CUDA: the one symbol 
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 
 #include "diffusion_math.h"
@@ -38,17 +38,6 @@ namespace {
 // ----------------------------------------------------------------------------
 // checks
 
-using Shape = std::initializer_list<int64_t>;
-
-template <typename Numbers>
-std::string listed(const Numbers& numbers) {
-    std::ostringstream text;
-    text << "(";
-    for (size_t i = 0; i < numbers.size(); i++) text << (i ? ", " : "") << numbers.begin()[i];
-    text << (numbers.size() == 1 ? ",)" : ")");
-    return text.str();
-}
-
 // The device of a call, and its checks.
 struct Call {
     const char* op;
@@ -58,110 +47,65 @@ struct Call {
     Call(const char* name, const Tensor& leader)
         : op(name), cuda(leader.is_cuda()), device(cuda ? leader.get_device_index() : 0) {}
 
-    // What of a tensor is the same for all of its uses: device, layout, shape.
-    void check(const char* argument, const Tensor& tensor, Shape shape) const {
+    void check(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t count) const {
         STD_TORCH_CHECK(tensor.is_cuda() == cuda && (!cuda || tensor.get_device_index() == device), op, ": ", argument,
-                        ": given a tensor on another device, allowed ", cuda ? "cuda:" : "cpu",
-                        cuda ? std::to_string(device) : "");
-        STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, ": given strides ", listed(tensor.strides()),
-                        " of shape ", listed(tensor.sizes()), ", allowed contiguous memory");
-        auto given = tensor.sizes();
-        bool same = given.size() == shape.size() && std::equal(shape.begin(), shape.end(), given.begin());
-        STD_TORCH_CHECK(same, op, ": ", argument, ": given shape ", listed(given), ", allowed ", listed(shape));
-    }
-
-    void check_dtype(const char* argument, const Tensor& tensor, ScalarType allowed) const {
-        ScalarType given = tensor.scalar_type();
-        STD_TORCH_CHECK(given == allowed, op, ": ", argument, ": given ", torch::headeronly::toString(given),
-                        ", allowed ", torch::headeronly::toString(allowed));
+                        " must be on ", cuda ? "cuda:" + std::to_string(device) : "cpu", ", got another device");
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", argument, " must be ",
+                        torch::headeronly::toString(dtype), ", got ",
+                        torch::headeronly::toString(tensor.scalar_type()));
+        STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
+        STD_TORCH_CHECK(tensor.numel() == count, op, ": ", argument, " must have ", count, " elements, got ",
+                        tensor.numel());
     }
 
     template <typename T>
-    const T* in(const char* argument, const Tensor& tensor, ScalarType dtype, Shape shape) const {
-        check_dtype(argument, tensor, dtype);
-        check(argument, tensor, shape);
+    const T* in(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t count) const {
+        check(argument, tensor, dtype, count);
         return (const T*)tensor.const_data_ptr();
     }
 
     template <typename T>
-    const T* in(const char* argument, const OptionalTensor& tensor, ScalarType dtype, Shape shape) const {
-        return tensor ? in<T>(argument, *tensor, dtype, shape) : nullptr;
+    const T* in(const char* argument, const OptionalTensor& tensor, ScalarType dtype, int64_t count) const {
+        return tensor ? in<T>(argument, *tensor, dtype, count) : nullptr;
     }
 
     template <typename T>
-    T* out(const char* argument, const Tensor& tensor, ScalarType dtype, Shape shape) const {
-        check_dtype(argument, tensor, dtype);
-        check(argument, tensor, shape);
+    T* out(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t count) const {
+        check(argument, tensor, dtype, count);
         return (T*)tensor.mutable_data_ptr();
     }
 
     Dtype float_dtype(const char* argument, const Tensor& tensor) const {
         ScalarType given = tensor.scalar_type();
         STD_TORCH_CHECK(given == ScalarType::Float || given == ScalarType::BFloat16 || given == ScalarType::Half, op,
-                        ": ", argument, ": given ", torch::headeronly::toString(given),
-                        ", allowed Float, BFloat16 or Half");
+                        ": ", argument, " must be Float, BFloat16 or Half, got ",
+                        torch::headeronly::toString(given));
         return given == ScalarType::Float      ? Dtype::FLOAT32
                : given == ScalarType::BFloat16 ? Dtype::BFLOAT16
                                                : Dtype::FLOAT16;
     }
 
-    void check_range(const char* argument, int64_t given, int64_t lowest, int64_t highest) const {
-        STD_TORCH_CHECK(given >= lowest && given <= highest, op, ": ", argument, ": given ", given, ", allowed ",
-                        lowest, " to ", highest);
+    // Kernels count images, the elements of one, and blocks in 32 bits.
+    void check_32_bits(std::initializer_list<int64_t> counts) const {
+        for (int64_t count : counts) STD_TORCH_CHECK(count < int64_t(1) << 31, op, ": ", count, " is 2^31 or more");
     }
 
-    // Rows of a table, of `count` images. On a GPU the kernel sees to it: an image out of range becomes NaN.
+    // Rows of a table, of `count` images. Kernels of a GPU turn an image whose row is out of range into NaN.
     void check_rows(const char* argument, const int64_t* rows, int64_t count, int64_t limit) const {
         for (int64_t i = 0; rows && !cuda && i < count; i++) {
-            STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, op, ": ", argument, ": row ", i, ": given ", rows[i],
-                            ", allowed 0 to ", limit - 1);
+            STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, op, ": ", argument, " must be in [0, ", limit, "), got ",
+                            rows[i]);
         }
     }
 };
 
-// C, H and W of (N, C, H, W), an image below 2^31 elements, patches that fit.
-void check_image(const Call& call, const char* argument, const Tensor& tensor, int64_t patch) {
-    auto shape = tensor.sizes();
-    STD_TORCH_CHECK(shape.size() == 4, call.op, ": ", argument, ": given shape ", listed(shape),
-                    ", allowed (N, C, H, W)");
-    constexpr int64_t LARGEST = (int64_t(1) << 31) - 1;
-    call.check_range("count of images", shape[0], 0, LARGEST);
-    int64_t size = 1;
-    for (size_t i = 1; i < 4; i++) {
-        bool fits = shape[i] >= 1 && shape[i] <= LARGEST / size;
-        STD_TORCH_CHECK(fits, call.op, ": ", argument, ": given shape ", listed(shape), ", allowed images of 1 to ",
-                        LARGEST, " elements");
-        size *= shape[i];
-    }
-    bool whole = patch == 0 || (patch > 0 && shape[2] % patch == 0 && shape[3] % patch == 0);
-    STD_TORCH_CHECK(whole, call.op, ": patch: given ", patch, ", allowed 0 or a divisor of height and width ",
-                    listed(shape));
-}
-
-// The shape an image tensor of these channels has in memory: (N, C, H, W), or tokens.
-void check_layout(const Call& call, const char* argument, const Tensor& tensor, const Tensor& image, int64_t channels,
-                  int64_t patch) {
-    int64_t count = image.size(0), height = image.size(2), width = image.size(3);
-    if (patch) {
-        call.check(argument, tensor, {count, height / patch * (width / patch), patch * patch * channels});
-    } else {
-        call.check(argument, tensor, {count, channels, height, width});
-    }
-}
-
-// The table of erd_fast/ops/tensor_table.py. Its addresses are taken at their word; on a GPU, so are its other numbers.
+// The table of erd_fast/ops/tensor_table.py, whose addresses and numbers are relied on.
 ChunkTable table_of(const Call& call, const Tensor& rows, const Tensor& places, int64_t chunk) {
-    call.check_range("chunk", chunk, CHUNK, CHUNK);
+    STD_TORCH_CHECK(chunk == CHUNK, call.op, ": chunk must be ", CHUNK, ", got ", chunk);
     int64_t tensors = rows.numel() / TABLE_COLUMNS, chunks = places.numel() / PLACE_COLUMNS;
-    call.check_range("chunks", chunks, 0, (int64_t(1) << 31) - 1);
-    ChunkTable table{call.in<TensorRow>("rows", rows, ScalarType::Long, {tensors, TABLE_COLUMNS}),
-                     call.in<ChunkPlace>("places", places, ScalarType::Int, {chunks, PLACE_COLUMNS}), chunks};
-    for (int64_t i = 0; !call.cuda && i < chunks; i++) {
-        const ChunkPlace& place = table.places[i];
-        call.check_range("row of places", place.row, 0, tensors - 1);
-        call.check_range("chunk of places", place.number, 0, (table.rows[place.row].numel - 1) / CHUNK);
-    }
-    return table;
+    call.check_32_bits({chunks});
+    return {call.in<TensorRow>("rows", rows, ScalarType::Long, tensors * TABLE_COLUMNS),
+            call.in<ChunkPlace>("places", places, ScalarType::Int, chunks * PLACE_COLUMNS), chunks};
 }
 
 // ----------------------------------------------------------------------------
@@ -171,7 +115,7 @@ ChunkTable table_of(const Call& call, const Tensor& rows, const Tensor& places, 
 constexpr int64_t DRAWN_ELEMENTS = 1 << 14, READ_ELEMENTS = 1 << 15, DRAWN_DECISIONS = 256;
 
 int64_t grain(int64_t elements, int64_t size) {
-    return elements / size > 0 ? elements / size : 1;
+    return size > 0 && elements > size ? elements / size : 1;
 }
 
 #ifdef ERD_FAST_CUDA
@@ -193,15 +137,9 @@ void draw_fwd(const Tensor& counter, int64_t seed, int64_t dataset_size, int64_t
               int64_t offset, int64_t purpose, const OptionalTensor& t_table, int64_t strata, const Tensor& ids,
               const Tensor& sample_index, const Tensor& t_index, const Tensor& label_drop, const Tensor& flip) {
     Call call("draw", counter);
-    call.check_range("dataset_size", dataset_size, 1, int64_t(1) << 32);
-    call.check_range("num_timesteps", num_timesteps, 1, int64_t(1) << 31);
-    call.check_range("drop_threshold", drop_threshold, 0, int64_t(1) << 32);
-    call.check_range("offset", offset, 0, int64_t(1) << 62);
-    call.check_range("purpose", purpose, 0, LAB);
-    call.check_range("strata", strata, 0, int64_t(1) << 31);
     int64_t count = ids.numel();
     DrawArguments a{};
-    a.counter = call.in<int64_t>("counter", counter, ScalarType::Long, {});
+    a.counter = call.in<int64_t>("counter", counter, ScalarType::Long, 1);
     a.k0 = (uint32_t)(uint64_t)seed;
     a.k1 = (uint32_t)((uint64_t)seed >> 32);
     a.purpose = (uint32_t)purpose;
@@ -212,17 +150,19 @@ void draw_fwd(const Tensor& counter, int64_t seed, int64_t dataset_size, int64_t
     a.drop_threshold = (uint64_t)drop_threshold;
     a.order_side = order_side(dataset_size);
     a.strata_side = strata ? order_side(strata) : 0;
-    a.t_table = call.in<int64_t>("t_table", t_table, ScalarType::Long, {num_timesteps});
+    a.t_table = call.in<int64_t>("t_table", t_table, ScalarType::Long, num_timesteps);
     a.count = count;
-    a.ids = call.out<int64_t>("ids", ids, ScalarType::Long, {count});
-    a.sample_index = call.out<int64_t>("sample_index", sample_index, ScalarType::Long, {count});
-    a.t_index = call.out<int64_t>("t_index", t_index, ScalarType::Long, {count});
-    a.label_drop = call.out<bool>("label_drop", label_drop, ScalarType::Bool, {count});
-    a.flip = call.out<bool>("flip", flip, ScalarType::Bool, {count});
+    a.ids = call.out<int64_t>("ids", ids, ScalarType::Long, count);
+    a.sample_index = call.out<int64_t>("sample_index", sample_index, ScalarType::Long, count);
+    a.t_index = call.out<int64_t>("t_index", t_index, ScalarType::Long, count);
+    a.label_drop = call.out<bool>("label_drop", label_drop, ScalarType::Bool, count);
+    a.flip = call.out<bool>("flip", flip, ScalarType::Bool, count);
 #ifdef ERD_FAST_CUDA
     if (call.cuda) return launch(call, launch_draw_fwd, a);
 #endif
-    call.check_range("counter", *a.counter, 0, int64_t(1) << 62);
+    // The walks of philox.h need not end for images of a number below 0.
+    STD_TORCH_CHECK(*a.counter >= 0 && *a.counter <= int64_t(1) << 62, "draw: counter must be in [0, 2^62], got ",
+                    *a.counter);
     torch::stable::parallel_for(0, count, DRAWN_DECISIONS,
                                 [&](int64_t first, int64_t last) { draw_fwd_cpu(a, first, last); });
 }
@@ -233,59 +173,44 @@ void q_sample_fwd(const Tensor& latents, const Tensor& coefficients, const Optio
                   const OptionalTensor& noise, const OptionalTensor& posterior_noise, int64_t patch, const Tensor& x_t,
                   const Tensor& target) {
     Call call("q_sample", target);
-    call.check_range("kind", kind, SAMPLE_KIND, PIXELS);
-    call.check_range("purpose", purpose, 0, LAB);
-    check_image(call, "target", target, patch);
     int64_t count = target.size(0), channels = target.size(1), height = target.size(2), width = target.size(3);
+    int64_t size = channels * height * width;
     bool spreads = kind == MEAN_STD || kind == MEAN_LOGVAR;
-    STD_TORCH_CHECK(ids || (noise && (posterior_noise || !spreads)),
-                    "q_sample: ids: given none, needed to draw the noise that is not given");
-    STD_TORCH_CHECK(latents.dim() == 4 && coefficients.dim() == 2,
-                    "q_sample: latents and coefficients: allowed (M, C, H, W) and (K, 4)");
+    call.check_32_bits({count, size});
     QSampleArguments a{};
-    a.stored = latents.size(0);
-    a.steps = coefficients.size(0);
-    STD_TORCH_CHECK(index || a.stored == count, "q_sample: latents: given ", a.stored, " rows and no index, allowed ",
-                    count);
-    STD_TORCH_CHECK(t_index || a.steps == count, "q_sample: coefficients: given ", a.steps,
-                    " rows and no t_index, allowed ", count);
-    if (kind == PIXELS) {
-        call.check_dtype("latents", latents, ScalarType::Byte);
-        a.latents_dtype = Dtype::UINT8;
-    } else {
-        a.latents_dtype = call.float_dtype("latents", latents);
-    }
-    call.check("latents", latents, {a.stored, spreads ? 2 * channels : channels, height, width});
-    a.latents = latents.const_data_ptr();
+    a.stored = index ? latents.size(0) : count;
+    a.steps = t_index ? coefficients.size(0) : count;
+    a.latents_dtype = kind == PIXELS ? Dtype::UINT8 : call.float_dtype("latents", latents);
+    ScalarType stored_as = kind == PIXELS ? ScalarType::Byte : latents.scalar_type();
+    a.latents = call.in<void>("latents", latents, stored_as, a.stored * (spreads ? 2 : 1) * size);
     a.kind = (int)kind;
     a.count = count;
     a.channels = channels;
     a.height = height;
     a.width = width;
-    a.coefficients = call.in<float>("coefficients", coefficients, ScalarType::Float, {a.steps, 4});
-    a.t_index = call.in<int64_t>("t_index", t_index, ScalarType::Long, {count});
-    a.index = call.in<int64_t>("index", index, ScalarType::Long, {count});
-    a.scale = call.in<float>("scale", scale, ScalarType::Float, {channels});
-    a.shift = call.in<float>("shift", shift, ScalarType::Float, {channels});
-    a.flip = call.in<bool>("flip", flip, ScalarType::Bool, {count});
-    a.ids = call.in<int64_t>("ids", ids, ScalarType::Long, {count});
+    a.coefficients = call.in<float>("coefficients", coefficients, ScalarType::Float, 4 * a.steps);
+    a.t_index = call.in<int64_t>("t_index", t_index, ScalarType::Long, count);
+    a.index = call.in<int64_t>("index", index, ScalarType::Long, count);
+    a.scale = call.in<float>("scale", scale, ScalarType::Float, channels);
+    a.shift = call.in<float>("shift", shift, ScalarType::Float, channels);
+    a.flip = call.in<bool>("flip", flip, ScalarType::Bool, count);
+    a.ids = call.in<int64_t>("ids", ids, ScalarType::Long, count);
     a.k0 = (uint32_t)(uint64_t)seed;
     a.k1 = (uint32_t)((uint64_t)seed >> 32);
     a.purpose = (uint32_t)purpose;
-    a.noise = call.in<float>("noise", noise, ScalarType::Float, {count, channels, height, width});
-    a.posterior_noise =
-        call.in<float>("posterior_noise", posterior_noise, ScalarType::Float, {count, channels, height, width});
+    a.noise = call.in<float>("noise", noise, ScalarType::Float, count * size);
+    a.posterior_noise = call.in<float>("posterior_noise", posterior_noise, ScalarType::Float, count * size);
     a.patch = patch;
     a.x_t_dtype = call.float_dtype("x_t", x_t);
-    check_layout(call, "x_t", x_t, target, channels, patch);
-    a.x_t = x_t.mutable_data_ptr();
-    a.target = call.out<float>("target", target, ScalarType::Float, {count, channels, height, width});
+    a.x_t = call.out<void>("x_t", x_t, x_t.scalar_type(), count * size);
+    a.target = call.out<float>("target", target, ScalarType::Float, count * size);
+    if (count * size == 0) return;
     call.check_rows("index", a.index, count, a.stored);
     call.check_rows("t_index", a.t_index, count, a.steps);
 #ifdef ERD_FAST_CUDA
     if (call.cuda) return launch(call, launch_q_sample_fwd, a);
 #endif
-    int64_t images = grain(noise ? READ_ELEMENTS : DRAWN_ELEMENTS, channels * height * width);
+    int64_t images = grain(noise ? READ_ELEMENTS : DRAWN_ELEMENTS, size);
     torch::stable::parallel_for(0, count, images,
                                 [&](int64_t first, int64_t last) { q_sample_fwd_cpu(a, first, last); });
 }
@@ -295,45 +220,35 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
                         int64_t patch, const Tensor& loss, const Tensor& per_sample, const Tensor& bin_sum,
                         const Tensor& bin_count, const OptionalTensor& dprediction) {
     Call call("diffusion_loss", target);
-    check_image(call, "target", target, patch);
-    call.check_range("batch_size", batch_size, 1, int64_t(1) << 62);
     DiffusionLossArguments a{};
     a.count = target.size(0);
     a.channels = target.size(1);
     a.height = target.size(2);
     a.width = target.size(3);
     a.patch = patch;
-    bool tokens = patch && prediction.dim() == 3 && prediction.size(2) % (patch * patch) == 0;
-    STD_TORCH_CHECK(tokens || (!patch && prediction.dim() == 4), "diffusion_loss: prediction: given shape ",
-                    listed(prediction.sizes()), ", allowed (N, C', H, W), or with a patch (N, T, p p C')");
     a.predicted_channels = patch ? prediction.size(2) / (patch * patch) : prediction.size(1);
-    call.check_range("channels of prediction", a.predicted_channels, a.channels,
-                     ((int64_t(1) << 31) - 1) / (a.height * a.width));
-    a.dtype = call.float_dtype("prediction", prediction);
-    check_layout(call, "prediction", prediction, target, a.predicted_channels, patch);
-    a.prediction = prediction.const_data_ptr();
-    a.target = call.in<float>("target", target, ScalarType::Float, {a.count, a.channels, a.height, a.width});
-    a.steps = weight.numel();
-    a.weight = call.in<float>("weight", weight, ScalarType::Float, {t_index ? a.steps : a.count});
-    a.t_index = call.in<int64_t>("t_index", t_index, ScalarType::Long, {a.count});
-    a.batch_size = batch_size;
-    a.loss_scale = call.in<float>("loss_scale", loss_scale, ScalarType::Float, {});
-    a.loss = call.out<float>("loss", loss, ScalarType::Float, {});
-    a.per_sample = call.out<float>("per_sample", per_sample, ScalarType::Float, {a.count});
+    int64_t plane = a.height * a.width, predicted_size = a.predicted_channels * plane;
+    a.steps = t_index ? weight.numel() : a.count;
     a.num_bins = bin_sum.numel();
-    call.check_range("size of bin_sum", a.num_bins, 1, (int64_t(1) << 31) - 1);
-    a.bin_sum = call.out<float>("bin_sum", bin_sum, ScalarType::Float, {a.num_bins});
-    a.bin_count = call.out<float>("bin_count", bin_count, ScalarType::Float, {a.num_bins});
-    if (dprediction) {
-        call.check_dtype("dprediction", *dprediction, prediction.scalar_type());
-        check_layout(call, "dprediction", *dprediction, target, a.predicted_channels, patch);
-        a.dprediction = dprediction->mutable_data_ptr();
-    }
+    call.check_32_bits({a.count, a.channels * plane, predicted_size, a.num_bins});
+    a.dtype = call.float_dtype("prediction", prediction);
+    ScalarType dtype = prediction.scalar_type();
+    a.prediction = call.in<void>("prediction", prediction, dtype, a.count * predicted_size);
+    a.target = call.in<float>("target", target, ScalarType::Float, a.count * a.channels * plane);
+    a.weight = call.in<float>("weight", weight, ScalarType::Float, a.steps);
+    a.t_index = call.in<int64_t>("t_index", t_index, ScalarType::Long, a.count);
+    a.batch_size = batch_size;
+    a.loss_scale = call.in<float>("loss_scale", loss_scale, ScalarType::Float, 1);
+    a.loss = call.out<float>("loss", loss, ScalarType::Float, 1);
+    a.per_sample = call.out<float>("per_sample", per_sample, ScalarType::Float, a.count);
+    a.bin_sum = call.out<float>("bin_sum", bin_sum, ScalarType::Float, a.num_bins);
+    a.bin_count = call.out<float>("bin_count", bin_count, ScalarType::Float, a.num_bins);
+    if (dprediction) a.dprediction = call.out<void>("dprediction", *dprediction, dtype, a.count * predicted_size);
     call.check_rows("t_index", a.t_index, a.count, a.steps);
 #ifdef ERD_FAST_CUDA
     if (call.cuda) return launch(call, launch_diffusion_loss_fwd, a);
 #endif
-    torch::stable::parallel_for(0, a.count, grain(READ_ELEMENTS, a.predicted_channels * a.height * a.width),
+    torch::stable::parallel_for(0, a.count, grain(READ_ELEMENTS, predicted_size),
                                 [&](int64_t first, int64_t last) { diffusion_loss_fwd_cpu(a, first, last); });
     diffusion_loss_sum_cpu(a);
 }
@@ -343,8 +258,8 @@ void grad_norm_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
     Call call("grad_norm", norm);
     GradNormArguments a{};
     a.table = table_of(call, rows, places, chunk);
-    a.norm = call.out<float>("norm", norm, ScalarType::Float, {});
-    a.partials = call.out<float>("partials", partials, ScalarType::Float, {a.table.chunks});
+    a.norm = call.out<float>("norm", norm, ScalarType::Float, 1);
+    a.partials = call.out<float>("partials", partials, ScalarType::Float, a.table.chunks);
 #ifdef ERD_FAST_CUDA
     if (call.cuda) return launch(call, launch_grad_norm_fwd, a);
 #endif
@@ -357,21 +272,20 @@ void adamw_ema_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
                    int64_t growth_interval, int64_t decays, const Tensor& counts, const Tensor& scalars,
                    const Tensor& factors) {
     Call call("adamw_ema", norm);
-    call.check_range("growth_interval", growth_interval, 0, int64_t(1) << 62);
-    call.check_range("decays", decays, 0, MOST_EMAS);
     AdamwEmaArguments a{};
     a.groups = settings.numel() / GROUP_COLUMNS;
     a.table = table_of(call, rows, places, chunk);
-    a.settings = call.in<GroupSettings>("settings", settings, ScalarType::Double, {a.groups, GROUP_COLUMNS});
-    for (int64_t i = 0; !call.cuda && i < a.table.chunks; i++) {
-        call.check_range("group of rows", a.table.rows[a.table.places[i].row].group, 0, a.groups - 1);
+    a.settings = call.in<GroupSettings>("settings", settings, ScalarType::Double, a.groups * GROUP_COLUMNS);
+    for (int64_t i = 0; !call.cuda && i < rows.numel() / TABLE_COLUMNS; i++) {  // nothing in Python checks them
+        int64_t group = a.table.rows[i].group;
+        STD_TORCH_CHECK(group >= 0 && group < a.groups, "adamw_ema: group must be in [0, ", a.groups, "), got ", group);
     }
-    a.norm = call.in<float>("norm", norm, ScalarType::Float, {});
+    a.norm = call.in<float>("norm", norm, ScalarType::Float, 1);
     a.growth_interval = growth_interval;
     a.decays = (int)decays;
-    a.counts = call.out<StepCounts>("counts", counts, ScalarType::Long, {3});
-    a.scalars = call.out<StepScalars>("scalars", scalars, ScalarType::Float, {2});
-    a.factors = call.out<GroupFactors>("factors", factors, ScalarType::Float, {a.groups, GROUP_COLUMNS});
+    a.counts = call.out<StepCounts>("counts", counts, ScalarType::Long, 3);
+    a.scalars = call.out<StepScalars>("scalars", scalars, ScalarType::Float, 2);
+    a.factors = call.out<GroupFactors>("factors", factors, ScalarType::Float, a.groups * GROUP_COLUMNS);
 #ifdef ERD_FAST_CUDA
     if (call.cuda) return launch(call, launch_adamw_ema_fwd, a);
 #endif
@@ -393,75 +307,53 @@ void launch_in(const Call& call, int64_t (*bytes)(const Arguments&),
     launch(call, launcher, arguments);
 }
 
-// A matrix that cuBLASLt's epilogues can take.
-void check_matrix(const Call& call, const char* argument, const Tensor& tensor, Shape shape, ScalarType dtype) {
-    call.check_dtype(argument, tensor, dtype);
-    call.check(argument, tensor, shape);
-    int64_t columns = shape.end()[-1];
-    STD_TORCH_CHECK(columns > 0 && columns % 8 == 0, call.op, ": ", argument, ": given shape ", listed(shape),
-                    ", allowed rows of a multiple of 8 numbers");
-    STD_TORCH_CHECK((uintptr_t)tensor.const_data_ptr() % 16 == 0, call.op, ": ", argument,
-                    ": given memory that does not begin at a multiple of 16 bytes");
-}
-
-void check_linear_gelu(const Call& call, const Tensor& pre, const std::string& approximate) {
-    STD_TORCH_CHECK(approximate == "tanh", "linear_gelu: approximate: given ", approximate, ", allowed tanh");
-    STD_TORCH_CHECK(pre.dim() == 2, "linear_gelu: pre: given shape ", listed(pre.sizes()), ", allowed (M, H)");
-    call.check_range("rows of pre", pre.size(0), 1, (int64_t(1) << 31) - 1);
+// cuBLASLt's epilogues and our kernels read by 16 bytes.
+void check_aligned(std::initializer_list<const void*> matrices) {
+    for (const void* start : matrices) {
+        STD_TORCH_CHECK((uintptr_t)start % 16 == 0, "linear_gelu: matrices must begin at a multiple of 16 bytes");
+    }
 }
 
 void linear_gelu_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, std::string approximate,
                      const Tensor& activation, const Tensor& pre) {
     Call call("linear_gelu", pre);
-    check_linear_gelu(call, pre, approximate);
-    STD_TORCH_CHECK(x.dim() == 2, "linear_gelu: x: given shape ", listed(x.sizes()), ", allowed (M, K)");
+    STD_TORCH_CHECK(approximate == "tanh", "linear_gelu: approximate must be tanh, got ", approximate);
     LinearGeluArguments a{};
     a.dtype = call.float_dtype("pre", pre);
     a.rows = pre.size(0);
     a.inputs = x.size(1);
     a.hidden = pre.size(1);
     a.device = call.device;
+    call.check_32_bits({a.rows});
     ScalarType dtype = pre.scalar_type();
-    check_matrix(call, "x", x, {a.rows, a.inputs}, dtype);
-    check_matrix(call, "weight", weight, {a.hidden, a.inputs}, dtype);
-    check_matrix(call, "bias", bias, {a.hidden}, dtype);
-    check_matrix(call, "activation", activation, {a.rows, a.hidden}, dtype);
-    check_matrix(call, "pre", pre, {a.rows, a.hidden}, dtype);
-    a.x = x.const_data_ptr();
-    a.weight = weight.const_data_ptr();
-    a.bias = bias.const_data_ptr();
-    a.activation = activation.mutable_data_ptr();
-    a.pre = pre.mutable_data_ptr();
+    a.x = call.in<void>("x", x, dtype, a.rows * a.inputs);
+    a.weight = call.in<void>("weight", weight, dtype, a.hidden * a.inputs);
+    a.bias = call.in<void>("bias", bias, dtype, a.hidden);
+    a.activation = call.out<void>("activation", activation, dtype, a.rows * a.hidden);
+    a.pre = call.out<void>("pre", pre, dtype, a.rows * a.hidden);
+    check_aligned({a.x, a.weight, a.bias, a.activation, a.pre});
     launch_in(call, linear_gelu_fwd_workspace, launch_linear_gelu_fwd, a, pre);
 }
 
 void linear_gelu_bwd(const Tensor& dy, const OptionalTensor& next_weight, const Tensor& pre, std::string approximate,
                      const Tensor& dpre, const Tensor& dbias, const OptionalTensor& activation) {
     Call call("linear_gelu", pre);
-    check_linear_gelu(call, pre, approximate);
-    STD_TORCH_CHECK(dy.dim() == 2, "linear_gelu: dy: given shape ", listed(dy.sizes()), ", allowed (M, D) or (M, H)");
+    STD_TORCH_CHECK(approximate == "tanh", "linear_gelu: approximate must be tanh, got ", approximate);
     LinearGeluBackwardArguments a{};
     a.dtype = call.float_dtype("pre", pre);
     a.rows = pre.size(0);
     a.outputs = dy.size(1);
     a.hidden = pre.size(1);
     a.device = call.device;
+    call.check_32_bits({a.rows});
     ScalarType dtype = pre.scalar_type();
-    check_matrix(call, "dy", dy, {a.rows, next_weight ? a.outputs : a.hidden}, dtype);
-    if (next_weight) {
-        check_matrix(call, "next_weight", *next_weight, {a.outputs, a.hidden}, dtype);
-        a.next_weight = next_weight->const_data_ptr();
-    }
-    check_matrix(call, "pre", pre, {a.rows, a.hidden}, dtype);
-    check_matrix(call, "dpre", dpre, {a.rows, a.hidden}, dtype);
-    if (activation) {
-        check_matrix(call, "activation", *activation, {a.rows, a.hidden}, dtype);
-        a.activation = activation->mutable_data_ptr();
-    }
-    a.dy = dy.const_data_ptr();
-    a.pre = pre.const_data_ptr();
-    a.dpre = dpre.mutable_data_ptr();
-    a.dbias = call.out<float>("dbias", dbias, ScalarType::Float, {a.hidden});
+    a.dy = call.in<void>("dy", dy, dtype, a.rows * (next_weight ? a.outputs : a.hidden));
+    if (next_weight) a.next_weight = call.in<void>("next_weight", *next_weight, dtype, a.outputs * a.hidden);
+    a.pre = call.in<void>("pre", pre, dtype, a.rows * a.hidden);
+    a.dpre = call.out<void>("dpre", dpre, dtype, a.rows * a.hidden);
+    a.dbias = call.out<float>("dbias", dbias, ScalarType::Float, a.hidden);
+    if (activation) a.activation = call.out<void>("activation", *activation, dtype, a.rows * a.hidden);
+    check_aligned({a.dy, a.next_weight, a.pre, a.dpre, a.activation});
     launch_in(call, linear_gelu_bwd_workspace, launch_linear_gelu_bwd, a, pre);
 }
 #endif

@@ -214,22 +214,20 @@ def test_on_a_gpu_a_timestep_out_of_range_makes_the_loss_nan(emulated_ops, shape
 @pytest.mark.parametrize("row", [-1, STEPS])
 def test_rows_out_of_range_are_named(cpu_ops, row):
     case = _case((4, 8, 8), 4, 0, torch.float32) | {"t_index": torch.tensor([0, 1, row, 2, 3])}
-    with pytest.raises(RuntimeError, match=f"diffusion_loss: t_index: row 2: given {row}, allowed 0 to {STEPS - 1}"):
+    with pytest.raises(RuntimeError, match=rf"diffusion_loss: t_index must be in \[0, {STEPS}\), got {row}"):
         _run(cpu_ops, case)
 
 
 def test_bad_arguments_are_named(cpu_ops):
     case = _case((4, 8, 8), 4, 0, torch.float32)
     for changed, message in (
-        ({"prediction": case["prediction"].double()}, "prediction: given Double, allowed Float, BFloat16 or Half"),
-        ({"prediction": case["prediction"][:, :3].contiguous()}, "channels of prediction: given 3, allowed 4 to"),
-        ({"prediction": case["prediction"].flatten(1)}, r"prediction: given shape \(5, 256\), allowed \(N, C', H, W\)"),
-        ({"target": case["target"].half()}, "target: given Half, allowed Float"),
-        ({"patch": 3}, r"patch: given 3, allowed 0 or a divisor of height and width \(5, 4, 8, 8\)"),
-        ({"t_index": None}, r"weight: given shape \(11,\), allowed \(5,\)"),
-        ({"t_index": case["t_index"][:3]}, r"t_index: given shape \(3,\), allowed \(5,\)"),
-        ({"batch_size": 0}, "batch_size: given 0, allowed 1 to"),
-        ({"loss_scale": torch.ones(1)}, r"loss_scale: given shape \(1,\), allowed \(\)"),
+        ({"prediction": case["prediction"].double()}, "prediction must be Float, BFloat16 or Half, got Double"),
+        ({"prediction": case["prediction"][:3]}, "prediction must have 1280 elements, got 768"),
+        ({"prediction": case["prediction"].transpose(2, 3)}, "prediction must be contiguous"),
+        ({"target": case["target"].half()}, "target must be Float, got Half"),
+        ({"t_index": None}, "weight must have 5 elements, got 11"),
+        ({"t_index": case["t_index"][:3]}, "t_index must have 5 elements, got 3"),
+        ({"loss_scale": torch.ones(2)}, "loss_scale must have 1 elements, got 2"),
     ):
         with pytest.raises(RuntimeError, match=f"diffusion_loss: {message}"):
             _run(cpu_ops, case | changed)
