@@ -190,15 +190,19 @@ def compile_command(found: Plan, source: str, output: Path) -> list[str]:
 
 
 def link(found: Plan, objects: Sequence[Path], output: Path) -> None:
-    assert found.compiler and found.torch
     output.parent.mkdir(parents=True, exist_ok=True)
+    run(link_command(found, objects, output))
+
+
+def link_command(found: Plan, objects: Sequence[Path], output: Path) -> list[str]:
+    assert found.compiler and found.torch
     # --no-as-needed: nothing of libtorch.so itself is used, but through it the library sees libtorch_cuda.so where that
     # exists. No rpath: ``import torch`` has loaded both.
     libraries = [f"-L{found.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
     if found.toolkit:
         libraries += [str(cudart(found.toolkit)), "-ldl", "-lrt", "-lpthread"]
     flags = ["-shared", "-s", "-Wl,--exclude-libs,ALL"]
-    run([found.compiler, *flags, *map(str, objects), *libraries, "-o", str(output)])
+    return [found.compiler, *flags, *map(str, objects), *libraries, "-o", str(output)]
 
 
 def build_library(found: Plan, output: Path, work: Path) -> None:

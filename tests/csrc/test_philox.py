@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from erd_fast import random
+from support.builds import build, log_of, source
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SEED = 0xFEDCBA9876543210  # both key words have their top bit in play
@@ -98,21 +99,18 @@ __global__ void philox_kernel(uint32_t k0, uint32_t k1, int64_t first, int64_t n
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Callable[[str, torch.Tensor], torch.Tensor]:
+def run() -> Callable[[str, torch.Tensor], torch.Tensor]:
     """Runs the C++ program: mode and int64 tensor in, int64 tensor out."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no host compiler (g++ or c++) on PATH")
-    folder = tmp_path_factory.mktemp("philox")
-    (folder / "main.cpp").write_text(PROGRAM)
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{CSRC}"]
-    command = [compiler, *flags, str(folder / "main.cpp"), "-o", str(folder / "main")]
-    build = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert build.returncode == 0, build.stderr
+    main = source("philox.cpp", PROGRAM)
+    program = build("philox", lambda output: [compiler, *flags, str(main), "-o", str(output)])
 
     def call(mode: str, values: torch.Tensor) -> torch.Tensor:
         given = values.contiguous().numpy().tobytes()
-        done = subprocess.run([str(folder / "main"), mode], input=given, capture_output=True, timeout=60)
+        done = subprocess.run([program, mode], input=given, capture_output=True, timeout=60)
         assert done.returncode == 0
         return torch.frombuffer(bytearray(done.stdout), dtype=torch.int64)
 
@@ -225,15 +223,14 @@ def test_order_side_is_a_ceiled_root(run):
         assert side == 8 or (side > 8 and (side - 1) ** 2 < size)
 
 
-def test_compiles_under_nvcc(tmp_path):
+def test_compiles_under_nvcc():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH")
-    (tmp_path / "kernel.cu").write_text(KERNEL)
+    kernel = source("philox.cu", KERNEL)
     flags = ["-std=c++17", "-arch=sm_80", "-cubin", "-Xptxas=-v", "-Werror=all-warnings", f"-I{CSRC}"]
-    command = [nvcc, *flags, str(tmp_path / "kernel.cu"), "-o", str(tmp_path / "kernel.cubin")]
-    build = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert build.returncode == 0, build.stderr
-    assert (tmp_path / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
+    cubin = build("philox.cubin", lambda output: [nvcc, *flags, str(kernel), "-o", str(output)])
+    assert cubin.read_bytes()[:4] == b"\x7fELF"
     # The coefficients are immediates and the keys registers, or there would be a stack.
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in build.stderr, build.stderr
+    used = log_of(cubin).read_text()
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in used, used
