@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(THREADS, 4) adamw_ema_fwd_kernel(AdamwEmaArgum
 
 template <int DECAYS>
 static void launch_update(const AdamwEmaArguments& a, cudaStream_t stream) {
-    if (a.table.chunks) adamw_ema_fwd_kernel<DECAYS><<<(unsigned)a.table.chunks, THREADS, 0, stream>>>(a);
+    if (a.table.chunks) launch(adamw_ema_fwd_kernel<DECAYS>, (unsigned)a.table.chunks, THREADS, 0, stream, a);
     check_launch("adamw_ema");
 }
 
 void launch_adamw_ema_fwd(const AdamwEmaArguments& a, cudaStream_t stream) {
-    adamw_ema_advance_fwd_kernel<<<1, ADVANCE_THREADS, 0, stream>>>(a);
+    launch(adamw_ema_advance_fwd_kernel, 1, ADVANCE_THREADS, 0, stream, a);
     switch (a.decays) {
         case 0:
             return launch_update<0>(a, stream);

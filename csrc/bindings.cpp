@@ -8,6 +8,9 @@ contiguity and number of elements, and on the CPU the indices that Python cannot
 
 Built against torch's stable ABI (TORCH_TARGET_VERSION, setup.py): one binary serves every torch from that version on.
 The library needs no CUDA driver to load, nor a torch with CUDA: the one symbol that only such a torch has is weak.
+
+Two macros are for tests only. ERD_FAST_LIBRARY names the ops, since a process can register a name once. With
+ERD_FAST_EMULATED the CUDA path runs on CPU tensors, with kernels that tests/csrc/cuda_emulation.h executes.
 */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -32,8 +35,18 @@ using OptionalTensor = std::optional<Tensor>;
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+#ifndef ERD_FAST_LIBRARY
+#define ERD_FAST_LIBRARY _erd_fast_C
+#endif
+
 namespace erd_fast {
 namespace {
+
+#ifdef ERD_FAST_EMULATED
+constexpr bool EMULATED = true;
+#else
+constexpr bool EMULATED = false;
+#endif
 
 // ----------------------------------------------------------------------------
 // checks
@@ -42,10 +55,11 @@ namespace {
 struct Call {
     const char* op;
     bool cuda;
+    bool on_gpu;  // whether CUDA kernels run it
     int32_t device;
 
     Call(const char* name, const Tensor& leader)
-        : op(name), cuda(leader.is_cuda()), device(cuda ? leader.get_device_index() : 0) {}
+        : op(name), cuda(leader.is_cuda()), on_gpu(cuda || EMULATED), device(cuda ? leader.get_device_index() : 0) {}
 
     void check(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t count) const {
         STD_TORCH_CHECK(tensor.is_cuda() == cuda && (!cuda || tensor.get_device_index() == device), op, ": ", argument,
@@ -92,7 +106,7 @@ struct Call {
 
     // Rows of a table, of `count` images. Kernels of a GPU turn an image whose row is out of range into NaN.
     void check_rows(const char* argument, const int64_t* rows, int64_t count, int64_t limit) const {
-        for (int64_t i = 0; rows && !cuda && i < count; i++) {
+        for (int64_t i = 0; rows && !on_gpu && i < count; i++) {
             STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, op, ": ", argument, " must be in [0, ", limit, "), got ",
                             rows[i]);
         }
@@ -119,14 +133,28 @@ int64_t grain(int64_t elements, int64_t size) {
 }
 
 #ifdef ERD_FAST_CUDA
-template <typename Arguments>
-void launch(const Call& call, void (*launcher)(const Arguments&, cudaStream_t), const Arguments& arguments) {
+#ifdef ERD_FAST_EMULATED
+struct OnDevice {
+    explicit OnDevice(int32_t) {}
+};
+
+cudaStream_t current_stream(const Call&) { return nullptr; }
+#else
+using OnDevice = torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t current_stream(const Call& call) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, call.op, ": this torch has no CUDA");
-    torch::stable::accelerator::DeviceGuard guard(call.device);
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(call.device, &stream) == 0, call.op,
                     ": torch gives no current stream of cuda:", call.device);
-    launcher(arguments, (cudaStream_t)stream);
+    return (cudaStream_t)stream;
+}
+#endif
+
+template <typename Arguments>
+void launch(const Call& call, void (*launcher)(const Arguments&, cudaStream_t), const Arguments& arguments) {
+    OnDevice guard(call.device);
+    launcher(arguments, current_stream(call));
 }
 #endif
 
@@ -158,7 +186,7 @@ void draw_fwd(const Tensor& counter, int64_t seed, int64_t dataset_size, int64_t
     a.label_drop = call.out<bool>("label_drop", label_drop, ScalarType::Bool, count);
     a.flip = call.out<bool>("flip", flip, ScalarType::Bool, count);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) return launch(call, launch_draw_fwd, a);
+    if (call.on_gpu) return launch(call, launch_draw_fwd, a);
 #endif
     // The walks of philox.h need not end for images of a number below 0.
     STD_TORCH_CHECK(*a.counter >= 0 && *a.counter <= int64_t(1) << 62, "draw: counter must be in [0, 2^62], got ",
@@ -208,7 +236,7 @@ void q_sample_fwd(const Tensor& latents, const Tensor& coefficients, const Optio
     call.check_rows("index", a.index, count, a.stored);
     call.check_rows("t_index", a.t_index, count, a.steps);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) return launch(call, launch_q_sample_fwd, a);
+    if (call.on_gpu) return launch(call, launch_q_sample_fwd, a);
 #endif
     int64_t images = grain(noise ? READ_ELEMENTS : DRAWN_ELEMENTS, size);
     torch::stable::parallel_for(0, count, images,
@@ -246,7 +274,7 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
     if (dprediction) a.dprediction = call.out<void>("dprediction", *dprediction, dtype, a.count * predicted_size);
     call.check_rows("t_index", a.t_index, a.count, a.steps);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) return launch(call, launch_diffusion_loss_fwd, a);
+    if (call.on_gpu) return launch(call, launch_diffusion_loss_fwd, a);
 #endif
     torch::stable::parallel_for(0, a.count, grain(READ_ELEMENTS, predicted_size),
                                 [&](int64_t first, int64_t last) { diffusion_loss_fwd_cpu(a, first, last); });
@@ -261,7 +289,7 @@ void grad_norm_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
     a.norm = call.out<float>("norm", norm, ScalarType::Float, 1);
     a.partials = call.out<float>("partials", partials, ScalarType::Float, a.table.chunks);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) return launch(call, launch_grad_norm_fwd, a);
+    if (call.on_gpu) return launch(call, launch_grad_norm_fwd, a);
 #endif
     torch::stable::parallel_for(0, a.table.chunks, grain(READ_ELEMENTS, CHUNK),
                                 [&](int64_t first, int64_t last) { grad_norm_fwd_cpu(a, first, last); });
@@ -276,7 +304,7 @@ void adamw_ema_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
     a.groups = settings.numel() / GROUP_COLUMNS;
     a.table = table_of(call, rows, places, chunk);
     a.settings = call.in<GroupSettings>("settings", settings, ScalarType::Double, a.groups * GROUP_COLUMNS);
-    for (int64_t i = 0; !call.cuda && i < rows.numel() / TABLE_COLUMNS; i++) {  // nothing in Python checks them
+    for (int64_t i = 0; !call.on_gpu && i < rows.numel() / TABLE_COLUMNS; i++) {  // nothing in Python checks them
         int64_t group = a.table.rows[i].group;
         STD_TORCH_CHECK(group >= 0 && group < a.groups, "adamw_ema: group must be in [0, ", a.groups, "), got ", group);
     }
@@ -287,7 +315,7 @@ void adamw_ema_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
     a.scalars = call.out<StepScalars>("scalars", scalars, ScalarType::Float, 2);
     a.factors = call.out<GroupFactors>("factors", factors, ScalarType::Float, a.groups * GROUP_COLUMNS);
 #ifdef ERD_FAST_CUDA
-    if (call.cuda) return launch(call, launch_adamw_ema_fwd, a);
+    if (call.on_gpu) return launch(call, launch_adamw_ema_fwd, a);
 #endif
     adamw_ema_advance_cpu(a);
     torch::stable::parallel_for(0, a.table.chunks, grain(READ_ELEMENTS, CHUNK),
@@ -299,7 +327,7 @@ void adamw_ema_fwd(const Tensor& rows, const Tensor& places, int64_t chunk, cons
 template <typename Arguments>
 void launch_in(const Call& call, int64_t (*bytes)(const Arguments&),
                void (*launcher)(const Arguments&, cudaStream_t), Arguments& arguments, const Tensor& neighbour) {
-    torch::stable::accelerator::DeviceGuard guard(call.device);
+    OnDevice guard(call.device);
     int64_t size = bytes(arguments) + WORKSPACE_ALIGNMENT;
     Tensor workspace = torch::stable::new_empty(neighbour, {size}, ScalarType::Byte);
     auto start = (uintptr_t)workspace.mutable_data_ptr();
@@ -384,7 +412,8 @@ bool has_cuda_stream() {
 }  // namespace
 }  // namespace erd_fast
 
-STABLE_TORCH_LIBRARY(_erd_fast_C, m) {
+#define ERD_FAST_DECLARE(library, m) STABLE_TORCH_LIBRARY(library, m)  // torch's macro would take a macro's name for it
+ERD_FAST_DECLARE(ERD_FAST_LIBRARY, m) {
     m.def(
         "draw_fwd(Tensor counter, int seed, int dataset_size, int num_timesteps, int drop_threshold, int offset, "
         "int purpose, Tensor? t_table, int strata, Tensor(a!) ids, Tensor(b!) sample_index, Tensor(c!) t_index, "
@@ -412,22 +441,28 @@ STABLE_TORCH_LIBRARY(_erd_fast_C, m) {
     m.def("has_cuda_stream() -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ERD_FAST_LIBRARY, CompositeExplicitAutograd, m) {
     m.impl("cpu_level", TORCH_BOX(&erd_fast::cpu_level_op));
     m.impl("has_cuda", TORCH_BOX(&erd_fast::has_cuda));
     m.impl("has_cuda_stream", TORCH_BOX(&erd_fast::has_cuda_stream));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CPU, m) {
+#ifndef ERD_FAST_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(ERD_FAST_LIBRARY, CPU, m) {
     m.impl("draw_fwd", TORCH_BOX(&erd_fast::draw_fwd));
     m.impl("q_sample_fwd", TORCH_BOX(&erd_fast::q_sample_fwd));
     m.impl("diffusion_loss_fwd", TORCH_BOX(&erd_fast::diffusion_loss_fwd));
     m.impl("grad_norm_fwd", TORCH_BOX(&erd_fast::grad_norm_fwd));
     m.impl("adamw_ema_fwd", TORCH_BOX(&erd_fast::adamw_ema_fwd));
 }
+#endif
 
 #ifdef ERD_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(_erd_fast_C, CUDA, m) {
+#ifdef ERD_FAST_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(ERD_FAST_LIBRARY, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(ERD_FAST_LIBRARY, CUDA, m) {
+#endif
     m.impl("draw_fwd", TORCH_BOX(&erd_fast::draw_fwd));
     m.impl("q_sample_fwd", TORCH_BOX(&erd_fast::q_sample_fwd));
     m.impl("diffusion_loss_fwd", TORCH_BOX(&erd_fast::diffusion_loss_fwd));

@@ -12,6 +12,8 @@ documentation; tests/csrc/test_linear_gelu.py holds them equal to cublasLt.h.
 #include <stdexcept>
 #include <string>
 
+struct CUstream_st;  // what cudaStream_t points to
+
 namespace erd_fast::lt {
 
 // cublasStatus_t, cudaDataType_t, cublasComputeType_t, cublasOperation_t
@@ -52,7 +54,7 @@ using Handle = struct HandleOfLibrary*;
 using Desc = struct DescOfLibrary*;
 using Layout = struct LayoutOfLibrary*;
 using Preference = struct PreferenceOfLibrary*;
-using Stream = struct CUstream_st*;
+using Stream = ::CUstream_st*;
 
 struct Library {
     const char* (*status_name)(int);
@@ -74,14 +76,21 @@ void find(void* opened, const char* name, Function*& function) {
     if (!function) throw std::runtime_error(std::string("linear_gelu: cuBLASLt has no ") + name);
 }
 
+// Tests define other names, of a library that stands in for cuBLASLt.
+#ifndef ERD_FAST_CUBLASLT
+#define ERD_FAST_CUBLASLT "libcublasLt.so.13", "libcublasLt.so.12"
+#endif
+
 inline void* open_library() {
-    constexpr const char* NAMES[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+    constexpr const char* NAMES[] = {ERD_FAST_CUBLASLT};
     for (int already : {RTLD_NOLOAD, 0}) {  // what torch has loaded, before what lies about
         for (const char* name : NAMES) {
             if (void* opened = dlopen(name, RTLD_NOW | RTLD_LOCAL | already)) return opened;
         }
     }
-    throw std::runtime_error("linear_gelu: cuBLASLt was not found: neither libcublasLt.so.13 nor libcublasLt.so.12");
+    std::string tried;
+    for (const char* name : NAMES) tried += std::string(tried.empty() ? "" : " and ") + name;
+    throw std::runtime_error("linear_gelu: cuBLASLt was not found, tried " + tried);
 }
 
 inline Library load() {

@@ -193,9 +193,9 @@ static void launch_typed(const DiffusionLossArguments& a, const LossShape& g, cu
     unsigned images = (unsigned)a.count;
     cudaMemsetAsync(a.loss, 0, sizeof(float), stream);
     if (packed) {
-        diffusion_loss_fwd_kernel<T, true><<<images, threads_of(g), 0, stream>>>(a, g);
+        launch(diffusion_loss_fwd_kernel<T, true>, images, threads_of(g), 0, stream, a, g);
     } else {
-        diffusion_loss_fwd_kernel<T, false><<<images, threads_of(g), 0, stream>>>(a, g);
+        launch(diffusion_loss_fwd_kernel<T, false>, images, threads_of(g), 0, stream, a, g);
     }
     check_launch("diffusion_loss");
 }

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(THREADS) draw_fwd_kernel(DrawArguments a) {
 
 void launch_draw_fwd(const DrawArguments& a, cudaStream_t stream) {
     if (a.count == 0) return;
-    draw_fwd_kernel<<<(unsigned)((a.count + THREADS - 1) / THREADS), THREADS, 0, stream>>>(a);
+    launch(draw_fwd_kernel, (unsigned)((a.count + THREADS - 1) / THREADS), THREADS, 0, stream, a);
     check_launch("draw");
 }
 

@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(SUM_THREADS) grad_norm_sum_fwd_kernel(GradNorm
 // Launchers
 
 void launch_grad_norm_fwd(const GradNormArguments& a, cudaStream_t stream) {
-    if (a.table.chunks) grad_norm_fwd_kernel<<<(unsigned)a.table.chunks, THREADS, 0, stream>>>(a);
-    grad_norm_sum_fwd_kernel<<<1, SUM_THREADS, 0, stream>>>(a);
+    if (a.table.chunks) launch(grad_norm_fwd_kernel, (unsigned)a.table.chunks, THREADS, 0, stream, a);
+    launch(grad_norm_sum_fwd_kernel, 1, SUM_THREADS, 0, stream, a);
     check_launch("grad_norm");
 }
 

@@ -1,6 +1,9 @@
 /*
 What the CUDA kernels share: four neighbouring numbers as one access, number formats by type or by name, sums over a
-block, and the check of a launch.
+block, a launch and its check.
+
+Tests compile the .cu files with a C++ compiler and ERD_FAST_EMULATED, which nothing else defines: a launch then runs the
+kernel on the CPU.
 */
 #pragma once
 
@@ -13,6 +16,10 @@ block, and the check of a launch.
 #include <string>
 
 #include "launchers.h"
+
+#ifdef ERD_FAST_EMULATED
+#include "cuda_emulation.h"  // of tests/csrc
+#endif
 
 namespace erd_fast {
 
@@ -105,6 +112,17 @@ __device__ inline T block_sum(T value) {
 __device__ inline float not_a_number() { return __int_as_float(0x7FFFFFFF); }
 
 inline bool aligned(const void* pointer, int64_t bytes) { return (uintptr_t)pointer % bytes == 0; }
+
+// Enqueue kernel(arguments...); `shared` is the size of its dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+inline void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+#ifdef ERD_FAST_EMULATED
+    emulate(grid, threads, [&] { kernel(arguments...); });
+#else
+    kernel<<<grid, threads, shared, stream>>>(arguments...);
+#endif
+}
 
 inline void check_launch(const char* op) {
     cudaError_t error = cudaGetLastError();

@@ -330,11 +330,11 @@ static void launch_gemm(const LinearGeluBackwardArguments& a, cudaStream_t strea
     multiply(gemm_of(a), (char*)a.workspace + bytes_to_widen(a), stream);
     if constexpr (sizeof(T) < sizeof(float)) {
         unsigned blocks = (unsigned)blocks_of(a.hidden, THREADS);
-        linear_gelu_widen_bwd_kernel<T><<<blocks, THREADS, 0, stream>>>((const T*)a.workspace, a.hidden, a.dbias);
+        launch(linear_gelu_widen_bwd_kernel<T>, blocks, THREADS, 0, stream, (const T*)a.workspace, a.hidden, a.dbias);
     }
     if (a.activation) {
         unsigned blocks = (unsigned)blocks_of(a.rows * a.hidden / 4, THREADS * PACKS_AT_ONCE);
-        linear_gelu_again_bwd_kernel<T><<<blocks, THREADS, 0, stream>>>(a);
+        launch(linear_gelu_again_bwd_kernel<T>, blocks, THREADS, 0, stream, a);
     }
 }
 
@@ -343,9 +343,9 @@ static void launch_elementwise(const LinearGeluBackwardArguments& a, cudaStream_
     int64_t chunk = chunk_of(a), chunks = blocks_of(a.rows, chunk);
     float* partial = (float*)a.workspace;
     dim3 grid((unsigned)chunks, (unsigned)blocks_of(a.hidden, COLUMNS));
-    linear_gelu_bwd_kernel<T><<<grid, THREADS, 0, stream>>>(a, chunk, partial);
+    launch(linear_gelu_bwd_kernel<T>, grid, THREADS, 0, stream, a, chunk, partial);
     unsigned blocks = (unsigned)blocks_of(a.hidden, WARP);
-    linear_gelu_sum_bwd_kernel<<<blocks, THREADS, 0, stream>>>(partial, chunks, a.hidden, a.dbias);
+    launch(linear_gelu_sum_bwd_kernel, blocks, THREADS, 0, stream, partial, chunks, a.hidden, a.dbias);
 }
 
 template <typename T>

@@ -140,7 +140,9 @@ __global__ void __launch_bounds__(THREADS, 8) q_sample_fwd_kernel(QSampleArgumen
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(THREADS) q_sample_tokens_fwd_kernel(QSampleArguments a, QSampleShape g) {
+#ifndef ERD_FAST_EMULATED  // which has an array of this name
     extern __shared__ uint4 shared[];
+#endif
     Out* tile = (Out*)shared;
     const Image image = image_of(a);
     for (uint32_t top = blockIdx.y * g.tile_rows; top < g.height; top += gridDim.y * g.tile_rows) {
@@ -257,10 +259,10 @@ static void launch_typed(const QSampleArguments& a, const QSampleShape& g, cudaS
     if (a.patch) {
         dim3 grid((unsigned)a.count, tiles(a.count, g.height, g.tile_rows));
         size_t shared = (size_t)g.tile_groups * 4 * sizeof(Out);
-        q_sample_tokens_fwd_kernel<In, Out><<<grid, THREADS, shared, stream>>>(a, g);
+        launch(q_sample_tokens_fwd_kernel<In, Out>, grid, THREADS, shared, stream, a, g);
     } else {
         dim3 grid((unsigned)a.count, tiles(a.count, g.size / 4, THREADS));
-        q_sample_fwd_kernel<In, Out><<<grid, THREADS, 0, stream>>>(a, g);
+        launch(q_sample_fwd_kernel<In, Out>, grid, THREADS, 0, stream, a, g);
     }
 }
 
@@ -296,7 +298,7 @@ void launch_q_sample_fwd(const QSampleArguments& a, cudaStream_t stream) {
         launch_by_latents(a, g, stream);
     } else {
         dim3 grid((unsigned)a.count, tiles(a.count, (g.size + 3ll) / 4, THREADS));
-        q_sample_any_fwd_kernel<<<grid, THREADS, 0, stream>>>(a, g);
+        launch(q_sample_any_fwd_kernel, grid, THREADS, 0, stream, a, g);
     }
     check_launch("q_sample");
 }

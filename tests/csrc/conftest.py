@@ -1,16 +1,12 @@
 """csrc, built for tests: the CPU twins at each instruction set, and the CUDA kernels run by cuda_emulation.h.
 
-The flags are those of setup.py. Namespaces are renamed, since a process can register ``_erd_fast_C`` once only and an
-installed extension may have done so.
+The flags are those of setup.py. The ops have names of their own, since a process can register ``_erd_fast_C`` only once
+and an installed extension may have done so.
 """
 
-import fcntl
+import functools
 import importlib.util
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,35 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.builds import ROOT, build, build_all
+
 LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
-# Emulated kernels take the place of the CPU twins, for whole batches.
-EMULATED_TWINS = """
-#include <stdexcept>
-#include "launchers.h"
-namespace erd_fast {
-void draw_fwd_cpu(const DrawArguments& a, int64_t first, int64_t) {
-    if (first == 0) launch_draw_fwd(a, nullptr);
-}
-void q_sample_fwd_cpu(const QSampleArguments& a, int64_t first, int64_t) {
-    if (first == 0) launch_q_sample_fwd(a, nullptr);
-}
-void diffusion_loss_fwd_cpu(const DiffusionLossArguments&, int64_t, int64_t) {}
-void diffusion_loss_sum_cpu(const DiffusionLossArguments& a) {
-    launch_diffusion_loss_fwd(a, nullptr);
-}
-void grad_norm_fwd_cpu(const GradNormArguments&, int64_t, int64_t) {}
-void grad_norm_sum_cpu(const GradNormArguments& a) {
-    launch_grad_norm_fwd(a, nullptr);
-}
-void adamw_ema_advance_cpu(const AdamwEmaArguments& a) {
-    launch_adamw_ema_fwd(a, nullptr);
-}
-void adamw_ema_fwd_cpu(const AdamwEmaArguments&, int64_t, int64_t) {}
-int cpu_level() { return 0; }
-bool set_cpu_level(int) { return false; }
-}
-"""
+TEST_FOLDER = Path(__file__).resolve().parent
+STAND_IN = "liberd_fast_cublaslt_stand_in.so"
 
 
 @pytest.fixture(scope="session")
@@ -72,52 +44,43 @@ def plan(setup: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, setup: ModuleType, plan: Any) -> Path:
-    """Folder of the CPU part's objects, cpu.so and, where CUDA's headers are, emulated.so; one for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "csrc"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            _build(setup, plan, folder)
-            (folder / "done").touch()
-    return folder
+def twins(setup: ModuleType, plan: Any) -> list[Path]:
+    """Objects of the CPU twins."""
+    names = [name for name in setup.CPU_SOURCES if name != "bindings.cpp"]
+    return build_all((f"{name}.o", functools.partial(_compile, setup, plan, name, ())) for name in names)
 
 
-def _build(setup: ModuleType, plan: Any, folder: Path) -> None:
-    source = folder / "source"
-    shutil.copytree(ROOT / "csrc", source)
-    bindings = (source / "bindings.cpp").read_text()
-    (source / "cpu.cpp").write_text(bindings.replace("_erd_fast_C", "_erd_fast_test_cpu"))
-    cpu_only = setup.Plan(plan.compiler, plan.torch)
-    twins = [name for name in setup.CPU_SOURCES if name != "bindings.cpp"]
-    commands = [
-        setup.compile_command(cpu_only, str(source / name), folder / f"{name}.o")
-        for name in ("q_sample.cpp", "cpu.cpp", *(name for name in twins if name != "q_sample.cpp"))
-    ]
-    emulated: list[list[str]] = []
+@pytest.fixture(scope="session")
+def cpu_library(setup: ModuleType, plan: Any, twins: list[Path]) -> Path:
+    named = ["-DERD_FAST_LIBRARY=_erd_fast_test_cpu"]
+    bindings = build("bindings.cpp.o", lambda output: _compile(setup, plan, "bindings.cpp", named, output))
+    return build("cpu.so", lambda output: setup.link_command(_cpu_only(setup, plan), [bindings, *twins], output))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(setup: ModuleType, plan: Any, twins: list[Path]) -> Path:
     headers = _cuda_headers(plan)
-    if headers is not None:
-        # What the CPU checks by reading the data must here reach the kernel.
-        (source / "emulated.cpp").write_text(
-            bindings.replace("_erd_fast_C", "_erd_fast_test_emulated")
-            .replace("rows && !cuda &&", "false &&")
-            .replace("STD_TORCH_CHECK(*a.counter >= 0 &&", "STD_TORCH_CHECK(true ||")
-        )
-        (source / "emulated_twins.cpp").write_text(EMULATED_TWINS)
-        for name in setup.CUDA_SOURCES:
-            (source / f"emulated_{name}.cpp").write_text(_emulated((source / name).read_text()))
-        names = ("emulated.cpp", "emulated_twins.cpp", *(f"emulated_{name}.cpp" for name in setup.CUDA_SOURCES))
-        extra = ["-O1", "-w", f"-I{ROOT / 'tests' / 'csrc'}", "-isystem", str(headers)]
-        for name in names:
-            command = setup.compile_command(cpu_only, str(source / name), folder / f"{name}.o")
-            emulated.append([*command, *extra, *(["-DERD_FAST_CUDA"] if name != "emulated.cpp" else [])])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(setup.run, [*commands, *emulated]))
-    setup.link(cpu_only, sorted(folder / f"{name}.o" for name in ("cpu.cpp", *twins)), folder / "cpu.so")
-    if emulated:
-        setup.link(cpu_only, [folder / f"{name}.o" for name in names], folder / "emulated.so")
+    if headers is None:
+        pytest.skip("no CUDA headers (cuda_fp16.h) to emulate the kernels with")
+    flags = [
+        *("-O1", "-w", f"-I{TEST_FOLDER}", "-isystem", str(headers), "-DERD_FAST_CUDA", "-DERD_FAST_EMULATED"),
+        *("-DERD_FAST_LIBRARY=_erd_fast_test_emulated", f'-DERD_FAST_CUBLASLT="{STAND_IN}"'),
+    ]
+    sources = ("bindings.cpp", *setup.CUDA_SOURCES)
+    objects = build_all(
+        (f"emulated_{name}.o", functools.partial(_compile, setup, plan, name, flags)) for name in sources
+    )
+    return build("emulated.so", lambda output: setup.link_command(_cpu_only(setup, plan), [*objects, *twins], output))
+
+
+def _cpu_only(setup: ModuleType, plan: Any) -> Any:
+    return setup.Plan(plan.compiler, plan.torch)
+
+
+def _compile(setup: ModuleType, plan: Any, name: str, flags: Sequence[str], output: Path) -> list[str]:
+    """As setup.py compiles a source of csrc/, with more flags; the host compiler takes a .cu for C++."""
+    compiler, *rest = setup.compile_command(_cpu_only(setup, plan), f"csrc/{name}", output)
+    return [compiler, "-x", "c++", *rest, *flags]
 
 
 def _cuda_headers(plan: Any) -> Path | None:
@@ -126,40 +89,50 @@ def _cuda_headers(plan: Any) -> Path | None:
     return next((folder for folder in folders if folder and (folder / "cuda_fp16.h").is_file()), None)
 
 
-def _emulated(text: str) -> str:
-    text = re.sub(r"(\w+(?:<[^<>;]*>)?)<<<(.*?), stream>>>\((.*?)\);", r"emulate(\2, [&] { \1(\3); });", text)
-    text = text.replace("extern __shared__ uint4 shared[];", "")
-    assert "<<<" not in text and "emulate(" in text
-    return '#include "cuda_emulation.h"\n' + text
+@pytest.fixture(scope="session")
+def headers(plan: Any) -> list[str]:
+    """Flags for the folders of cublasLt.h and of what it includes: of a toolkit, and of torch's own libraries."""
+    toolkit = [plan.toolkit / "include"] if plan.toolkit else []
+    folders = [*toolkit, plan.torch.parent / "nvidia/cu13/include"]
+    for name in ("cublasLt.h", "cuda_fp16.h", "crt/host_defines.h"):
+        if not any((folder / name).is_file() for folder in folders):
+            pytest.skip(f"no {name}")
+    return [flag for folder in folders for flag in ("-isystem", str(folder))]
 
 
 @pytest.fixture(scope="session")
-def cpu_ops(built: Path) -> Any:
-    torch.ops.load_library(str(built / "cpu.so"))
+def stand_in(plan: Any, headers: list[str]) -> Path:
+    """The library that emulated kernels find in the place of cuBLASLt, once it is loaded."""
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{STAND_IN}", *headers]
+    source = str(TEST_FOLDER / "cublaslt_stand_in.cpp")
+    return build(STAND_IN, lambda output: [plan.compiler, *flags, source, "-o", str(output)])
+
+
+@pytest.fixture(scope="session")
+def cpu_ops(cpu_library: Path) -> Any:
+    torch.ops.load_library(str(cpu_library))
     return torch.ops._erd_fast_test_cpu
 
 
 @pytest.fixture(scope="session")
-def emulated_ops(built: Path) -> Any:
-    if not (built / "emulated.so").exists():
-        pytest.skip("no CUDA headers (cuda_fp16.h) to emulate the kernels with")
-    torch.ops.load_library(str(built / "emulated.so"))
+def emulated_ops(emulated_library: Path) -> Any:
+    torch.ops.load_library(str(emulated_library))
     return torch.ops._erd_fast_test_emulated
 
 
 @pytest.fixture(params=[*LEVELS, "emulated"])
 def ops(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The ops under each instruction set of this machine, and the CUDA kernels emulated."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the emulation does a batch as a whole
     if request.param == "emulated":
         yield request.getfixturevalue("emulated_ops")
-    else:
-        found = request.getfixturevalue("cpu_ops")
-        best = found.cpu_level()
-        if LEVELS[request.param] > best:
-            pytest.skip(f"this CPU has no {request.param}")
-        found.cpu_level(LEVELS[request.param])
-        yield found
-        found.cpu_level(best)
+        return
+    found = request.getfixturevalue("cpu_ops")
+    best = found.cpu_level()
+    if LEVELS[request.param] > best:
+        pytest.skip(f"this CPU has no {request.param}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found.cpu_level(LEVELS[request.param])
+    yield found
+    found.cpu_level(best)
     torch.set_num_threads(threads)

@@ -3,7 +3,7 @@ Runs the CUDA kernels of csrc on a CPU, one block after the other, so that their
 tested where there is no GPU. Threads of a block are coroutines that change at barriers and shuffles. What it cannot
 show: races between blocks, memory order, speed.
 
-tests/csrc/conftest.py turns the launch brackets of a .cu into calls of emulate.
+Compiled with ERD_FAST_EMULATED, csrc/kernel.cuh includes this and launches by emulate.
 */
 #pragma once
 
@@ -163,7 +163,7 @@ inline void run_block(const std::function<void()>& kernel, int count) {
     }
 }
 
-inline void emulate(dim3 grid, int threads, size_t, const std::function<void()>& kernel) {
+inline void emulate(dim3 grid, int threads, const std::function<void()>& kernel) {
     gridDim_now = grid;
     blockDim_now = dim3(threads);
     // Backwards: no result may lean on the order of blocks.

@@ -1,5 +1,6 @@
 """setup.py: what is built from what is there, what the CUDA kernels use, and how the library loads."""
 
+import functools
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support.builds import build_all
 
 ARCHS = ("80", "90", "100")
 
@@ -25,23 +28,23 @@ def fresh(setup, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def objects(setup, plan, tmp_path_factory) -> Path:
-    """Every .cu compiled as setup.py does it, with warnings as errors."""
+def objects(setup, plan) -> dict[str, Path]:
+    """Every .cu, and the bindings with them, compiled as setup.py does it, with warnings as errors."""
     if plan.toolkit is None:
         pytest.skip(plan.reason)
-    folder = tmp_path_factory.mktemp("cuda")
     found = setup.Plan(plan.compiler, plan.torch, plan.toolkit, list(ARCHS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "NVCC_FLAGS", (*setup.NVCC_FLAGS, "-Werror=all-warnings"))
-        setup.compile_all(found, folder, (*setup.CUDA_SOURCES, "bindings.cpp"))
-    return folder
+        sources = (*setup.CUDA_SOURCES, "bindings.cpp")
+        jobs = [(f"{name}.o", functools.partial(setup.compile_command, found, f"csrc/{name}")) for name in sources]
+        return dict(zip(sources, build_all(jobs), strict=True))
 
 
 @pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss", "linear_gelu", "grad_norm", "adamw_ema"])
 def test_kernels_keep_to_registers(objects, op):
     cuobjdump = _cuobjdump()
     used = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", objects / f"{op}.cu.o"], capture_output=True, text=True, check=True
+        [cuobjdump, "--dump-resource-usage", objects[f"{op}.cu"]], capture_output=True, text=True, check=True
     ).stdout
     for arch in ARCHS:
         assert f"arch = sm_{arch}" in used
@@ -51,7 +54,7 @@ def test_kernels_keep_to_registers(objects, op):
     for registers, stack, _, local in kernels:
         assert (stack, local) == ("0", "0"), used
         assert int(registers) <= 64  # four blocks of 256 threads a multiprocessor
-    listed = subprocess.run([cuobjdump, "--list-ptx", objects / f"{op}.cu.o"], capture_output=True, text=True).stdout
+    listed = subprocess.run([cuobjdump, "--list-ptx", objects[f"{op}.cu"]], capture_output=True, text=True).stdout
     assert "sm_80.ptx" in listed
 
 
@@ -60,11 +63,9 @@ def _cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def test_the_whole_library_loads_without_a_driver(objects, built, setup, plan, tmp_path):
-    twins = [built / f"{name}.o" for name in setup.CPU_SOURCES if name != "bindings.cpp"]
-    compiled = [objects / f"{name}.o" for name in (*setup.CUDA_SOURCES, "bindings.cpp")]
+def test_the_whole_library_loads_without_a_driver(objects, twins, setup, plan, tmp_path):
     library = tmp_path / setup.LIBRARY
-    setup.link(plan, [*compiled, *twins], library)
+    setup.link(plan, [*objects.values(), *twins], library)
     assert library.stat().st_size < 5 << 20
     facts = _in_a_process(tmp_path, "import _C; C = torch.ops._erd_fast_C; print(C.has_cuda(), C.has_cuda_stream())")
     # The stream is asked of libtorch_cuda.so: NULL where torch has none, and only there.
@@ -81,13 +82,13 @@ def _in_a_process(folder: Path, code: str) -> str:
     return run.stdout.strip()
 
 
-def test_the_library_has_one_name_for_others_and_no_path(built):
-    tools = subprocess.run(["readelf", "-d", "-W", built / "cpu.so"], capture_output=True, text=True)
+def test_the_library_has_one_name_for_others_and_no_path(cpu_library):
+    tools = subprocess.run(["readelf", "-d", "-W", cpu_library], capture_output=True, text=True)
     if tools.returncode:
         pytest.skip("no readelf")
     assert "libtorch.so" in tools.stdout and "libtorch_cpu.so" in tools.stdout
     assert "RPATH" not in tools.stdout and "RUNPATH" not in tools.stdout
-    symbols = subprocess.run(["readelf", "--dyn-syms", "-W", built / "cpu.so"], capture_output=True, text=True).stdout
+    symbols = subprocess.run(["readelf", "--dyn-syms", "-W", cpu_library], capture_output=True, text=True).stdout
     ours = [line.split()[-1] for line in symbols.splitlines() if " UND " not in line and " FUNC " in line]
     assert "PyInit__C" in ours
     assert not [name for name in ours if "erd_fast" in name]

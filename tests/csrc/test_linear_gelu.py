@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from erd_fast.ops import OPS, gelu_mlp, linear_gelu
 from erd_fast.ops.linear_gelu import _backward_launch, _launch
+from support.builds import ROOT, build, source
 from support.parity import SEEDS, gradients, hold, no_worse
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, K, H, D): no two alike; whole and broken blocks of 128 columns, few chunks of 32 rows and more than warps.
 SIZES = ((37, 24, 40, 16), (70, 16, 136, 8), (1, 8, 16, 24), (300, 16, 8, 24))
@@ -39,58 +38,11 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def headers(plan) -> list[str]:
-    """Flags for the folders of cublasLt.h and of what it includes: of a toolkit, and of torch's own libraries."""
-    toolkit = [plan.toolkit / "include"] if plan.toolkit else []
-    folders = [*toolkit, plan.torch.parent / "nvidia/cu13/include"]
-    for name in ("cublasLt.h", "cuda_fp16.h", "crt/host_defines.h"):
-        if not any((folder / name).is_file() for folder in folders):
-            pytest.skip(f"no {name}")
-    return [flag for folder in folders for flag in ("-isystem", str(folder))]
+def built(emulated_ops, stand_in) -> Built:
+    return Built(emulated_ops, ctypes.CDLL(str(stand_in)))  # which the ops then find by its name
 
 
-@pytest.fixture(scope="session")
-def built(built, setup, plan, headers, tmp_path_factory) -> Built:
-    folder, source = tmp_path_factory.mktemp("linear_gelu"), built / "source"
-    stand_in, library = folder / "libcublasLt_stand_in.so", folder / "linear_gelu.so"
-    (folder / "cublaslt.h").write_text(_opening(source / "cublaslt.h", str(stand_in)))
-    (folder / "kernels.cpp").write_text((source / "emulated_linear_gelu.cu.cpp").read_text())
-    (folder / "bindings.cpp").write_text(_on_a_cpu(source / "bindings.cpp"))
-    cpu_only = setup.Plan(plan.compiler, plan.torch)
-    extra = ["-w", "-DERD_FAST_CUDA", f"-I{folder}", f"-I{source}", f"-I{ROOT / 'tests/csrc'}", *headers]
-    objects = [folder / "bindings.o", folder / "kernels.o"]
-    commands = [
-        [*setup.compile_command(cpu_only, str(item.with_suffix(".cpp")), item), *extra, level]
-        for item, level in zip(objects, ("-O0", "-O1"), strict=True)
-    ]
-    plain = [plan.compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *headers]
-    commands.append([*plain, str(ROOT / "tests/csrc/cublaslt_stand_in.cpp"), "-o", str(stand_in)])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(setup.run, commands))
-    others = [path for path in built.glob("emulated_*.o") if "linear_gelu" not in path.name]
-    setup.link(cpu_only, [*objects, *others], library)
-    torch.ops.load_library(str(library))
-    return Built(torch.ops._erd_fast_test_linear_gelu, ctypes.CDLL(str(stand_in)))
-
-
-def _opening(header: Path, library: str) -> str:
-    """cublaslt.h, with another library in the place of cuBLASLt."""
-    return re.sub(r"libcublasLt\.so\.1[23]", library, header.read_text())
-
-
-def _on_a_cpu(bindings: Path) -> str:
-    """The bindings, with linear_gelu's CUDA ones for tensors on a CPU: no device guard, no stream."""
-    text = bindings.read_text().replace("_erd_fast_C", "_erd_fast_test_linear_gelu")
-    ours = "\n".join(re.findall(r'^ +m\.impl\("linear_gelu_\w+",.*$', text, re.MULTILINE))
-    text = re.sub(r"(STABLE_TORCH_LIBRARY_IMPL\(\w+), CUDA, m\) \{.*?\n\}", rf"\1, CPU, m) {{\n{ours}\n}}", text,
-                  flags=re.DOTALL)  # fmt: skip
-    assert text.count("linear_gelu_fwd") > 3 and len(ours.splitlines()) == 2
-    text = text.replace("torch::stable::accelerator::DeviceGuard guard(call.device);", "")
-    text = text.replace("aoti_torch_get_current_cuda_stream(call.device, &stream) == 0", "true")
-    return text.replace("STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, ", "STD_TORCH_CHECK(true, ")
-
-
-def test_names_and_layouts_are_those_of_the_header(setup, plan, headers, tmp_path):
+def test_names_and_layouts_are_those_of_the_header(plan, headers):
     numbers = {
         "SUCCESS": "CUBLAS_STATUS_SUCCESS",
         "NOT_SUPPORTED": "CUBLAS_STATUS_NOT_SUPPORTED",
@@ -135,9 +87,9 @@ def test_names_and_layouts_are_those_of_the_header(setup, plan, headers, tmp_pat
         *(f"static_assert(Same<decltype(lt::Library::{ours}), decltype(&{theirs})>::value);"
           for theirs, ours in functions.items()),
     ]  # fmt: skip
-    (tmp_path / "check.cpp").write_text("\n".join(code) + "\n")
-    setup.run([plan.compiler, "-std=c++17", "-fsyntax-only", *headers, f"-I{ROOT / 'csrc'}",
-               str(tmp_path / "check.cpp")])  # fmt: skip
+    check = source("layouts.cpp", "\n".join(code) + "\n")
+    flags = ["-std=c++17", "-c", *headers, f"-I{ROOT / 'csrc'}"]
+    build("layouts.o", lambda output: [plan.compiler, *flags, str(check), "-o", str(output)])
 
 
 DESCRIBES = """
@@ -171,16 +123,14 @@ int main() {
 """
 
 
-def test_cublaslt_itself_takes_our_descriptors(setup, plan, tmp_path):
+def test_cublaslt_itself_takes_our_descriptors(plan):
     """What it does without a GPU: open, describe, refuse numbers of the wrong size."""
     folder = plan.torch.parent / "nvidia/cu13/lib"
     if not (folder / "libcublasLt.so.13").is_file():
         pytest.skip("no libcublasLt.so.13")
-    (tmp_path / "main.cpp").write_text(DESCRIBES)
-    program = tmp_path / "main"
-    setup.run(
-        [plan.compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(tmp_path / "main.cpp"), "-o", str(program), "-ldl"]
-    )
+    main = source("describes.cpp", DESCRIBES)
+    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}"]
+    program = build("describes", lambda output: [plan.compiler, *flags, str(main), "-o", str(output), "-ldl"])
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
     said = subprocess.run([program], env=environment, capture_output=True, text=True)
     assert said.stdout == "CUBLAS_STATUS_NOT_SUPPORTED\n", said.stderr
@@ -315,15 +265,16 @@ def test_what_cublaslt_cannot_do_is_an_error(built, rows, message):
         _backward(built, x, weight.t().contiguous(), x @ weight.t())
 
 
-def test_a_missing_library_is_an_error(setup, plan, tmp_path):
-    (tmp_path / "cublaslt.h").write_text(_opening(ROOT / "csrc/cublaslt.h", "libcublasLt.so.0"))
-    (tmp_path / "main.cpp").write_text(
+def test_a_missing_library_is_an_error(plan):
+    main = source(
+        "missing.cpp",
         '#include <cstdio>\n#include "cublaslt.h"\nint main() {\n'
-        "    try { erd_fast::lt::library(); } catch (const std::exception& error) { std::puts(error.what()); }\n}\n"
+        "    try { erd_fast::lt::library(); } catch (const std::exception& error) { std::puts(error.what()); }\n}\n",
     )
-    setup.run([plan.compiler, "-std=c++17", str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main"), "-ldl"])
-    said = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout
-    assert said == "linear_gelu: cuBLASLt was not found: neither libcublasLt.so.0 nor libcublasLt.so.0\n"
+    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", '-DERD_FAST_CUBLASLT="libcublasLt.so.0", "libcublasLt.so.1"']
+    program = build("missing", lambda output: [plan.compiler, *flags, str(main), "-o", str(output), "-ldl"])
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert said == "linear_gelu: cuBLASLt was not found, tried libcublasLt.so.0 and libcublasLt.so.1\n"
 
 
 @pytest.mark.parametrize(
