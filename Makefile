@@ -1,5 +1,6 @@
 # make train   from a clone to pictures: install into .venv, train the digits preset, sample, write a report
 # make test    install the development tools too, then run every test
+# make test-quick   the tests that compile and package nothing: at most 3 minutes on two cores
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check
 RUN ?= runs/digits
 
-.PHONY: setup dev train test soak lint fixtures bench gpu gpu-all gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
+.PHONY: setup dev train test test-quick soak lint fixtures bench gpu gpu-all gpu-install gpu-tests gpu-ops gpu-attention gpu-step gpu-data \
     wheel wheel-check clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,9 @@ train: setup
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+
+test-quick: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10 -m 'not soak and not build'
 
 soak: dev
 	$(BIN)/python -m pytest -m soak -s tests/soak

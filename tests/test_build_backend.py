@@ -12,6 +12,8 @@ import pytest
 import setuptools
 import torch
 
+pytestmark = pytest.mark.build
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 NOTHING = {"wheel": [], "editable": [], "sdist": []}

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.build
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("erd_fast", "kernels", "csrc", "build_backend.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What each installation must be able to do, from a folder that holds no sources.

@@ -236,6 +236,7 @@ def test_a_machine_has_a_name_for_a_folder():
     assert torch.cuda.is_available() or machine_name().endswith(f"{torch.get_num_threads()}-threads")
 
 
+@pytest.mark.build
 def test_the_files_of_bench_run_on_the_same_cases():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]

@@ -111,6 +111,7 @@ def test_backward_is_timed_without_the_forward_pass(op, monkeypatch):
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.build
 def test_a_compiled_backward_pass_can_be_repeated(tmp_path, monkeypatch):
     """Also where the compiler's cache has one with donated buffers, which a run without a kept graph left there."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -22,6 +22,8 @@ from erd_fast.ops.adamw_ema import (
 from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot, TensorTable
 from support.parity import hold
 
+pytestmark = pytest.mark.build
+
 HALF_ULP = 2.0**-24
 SIZES = (1, 7, 0, 8191, 8192, 8193, 20000)
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)

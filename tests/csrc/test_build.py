@@ -40,6 +40,7 @@ def objects(setup, plan) -> dict[str, Path]:
         return dict(zip(sources, build_all(jobs), strict=True))
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("op", ["draw", "q_sample", "diffusion_loss", "linear_gelu", "grad_norm", "adamw_ema"])
 def test_kernels_keep_to_registers(objects, op):
     cuobjdump = _cuobjdump()
@@ -63,6 +64,7 @@ def _cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+@pytest.mark.build
 def test_the_whole_library_loads_without_a_driver(objects, twins, setup, plan, tmp_path):
     library = tmp_path / setup.LIBRARY
     setup.link(plan, [*objects.values(), *twins], library)
@@ -82,6 +84,7 @@ def _in_a_process(folder: Path, code: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.build
 def test_the_library_has_one_name_for_others_and_no_path(cpu_library):
     tools = subprocess.run(["readelf", "-d", "-W", cpu_library], capture_output=True, text=True)
     if tools.returncode:

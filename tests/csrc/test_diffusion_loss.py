@@ -10,6 +10,8 @@ from torch import Tensor
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
 from erd_fast.ops.patchify import patchify, unpatchify
 
+pytestmark = pytest.mark.build
+
 HALF_ULP = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (C, H, W), C', patch: DiT and its learned variance, whole blocks and parts, odd sizes, one pixel.

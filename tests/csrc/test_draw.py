@@ -9,6 +9,8 @@ import torch
 from erd_fast.ops.draw import draw_reference
 from erd_fast.random import Purpose, Stream, words
 
+pytestmark = pytest.mark.build
+
 SEED = 0xFEDCBA9876543210  # as an int64 negative; both key words have their top bit in play
 
 

@@ -12,6 +12,8 @@ from erd_fast.ops import use_backend
 from erd_fast.ops.grad_norm import grad_norm, grad_norm_reference
 from erd_fast.ops.tensor_table import CHUNK, Slot, TensorTable
 
+pytestmark = pytest.mark.build
+
 HALF_ULP = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 0, 8191, 8192, 8193, 20000)  # around multiples of a chunk, and of 16 bytes

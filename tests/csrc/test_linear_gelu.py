@@ -17,6 +17,8 @@ from erd_fast.ops.linear_gelu import _backward_launch, _launch
 from support.builds import ROOT, build, source
 from support.parity import SEEDS, gradients, hold, no_worse
 
+pytestmark = pytest.mark.build
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, K, H, D): no two alike; whole and broken blocks of 128 columns, few chunks of 32 rows and more than warps.
 SIZES = ((37, 24, 40, 16), (70, 16, 136, 8), (1, 8, 16, 24), (300, 16, 8, 24))

@@ -12,6 +12,8 @@ import torch
 from erd_fast import random
 from support.builds import build, log_of, source
 
+pytestmark = pytest.mark.build
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SEED = 0xFEDCBA9876543210  # both key words have their top bit in play
 KEY = (SEED & 0xFFFFFFFF, SEED >> 32)

@@ -12,6 +12,8 @@ from erd_fast.ops.patchify import patch_shape
 from erd_fast.ops.q_sample import q_sample_reference
 from erd_fast.random import Purpose, Stream, normals
 
+pytestmark = pytest.mark.build
+
 SEED = 0x123456789ABCDEF0
 HALF_ULP = 2.0**-24  # what one float32 rounding may add, relative
 STORED = (torch.float32, torch.bfloat16, torch.float16)

@@ -264,6 +264,7 @@ def compiled(tmp_path_factory) -> list[str]:
         return [used.ptx for _, used in aot.compile_configuration("adamw_ema 1 average", 90)]
 
 
+@pytest.mark.build
 def test_whole_blocks_move_in_vectors_of_four_elements(compiled):
     """16 bytes of float32 and 8 of the 16-bit types; the gradient and the copy have a branch for each dtype."""
     loads, stores = (re.findall(rf"{access}\.global\S*\.(v\d\.b\d+)", compiled[1]) for access in ("ld", "st"))
@@ -272,6 +273,7 @@ def test_whole_blocks_move_in_vectors_of_four_elements(compiled):
     assert ".shared" not in compiled[1], "loads and stores of a block have one layout"
 
 
+@pytest.mark.build
 def test_a_block_is_on_its_way_before_it_is_waited_for(compiled):
     before = re.split(r"\b(?:add|sub|mul|fma)\S*\.f32", compiled[1])[0]
     assert len(re.findall(r"ld\.global\S*\.v\d", before)) == 4 + 3

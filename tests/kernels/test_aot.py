@@ -15,6 +15,7 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 @pytest.mark.parametrize("configuration", aot.CONFIGURATIONS)
 def test_compiles_without_stack_local_memory_or_spills(configuration, architecture):
@@ -25,6 +26,7 @@ def test_compiles_without_stack_local_memory_or_spills(configuration, architectu
         assert (used.stack, used.local) == (0, 0), f"{kernel}: {used.registers} registers"
 
 
+@pytest.mark.build
 def test_a_kernel_that_spills_would_be_seen():
     (launch,) = aot.launches(aot.CONFIGURATIONS["q_sample mean_std"])
     starved = dataclasses.replace(launch, options={**launch.options, "maxnreg": 24})
@@ -39,6 +41,7 @@ def test_the_launches_caught_are_those_of_training():
     assert aot.launches(lambda: None) == []
 
 
+@pytest.mark.build
 def test_full_blocks_move_in_whole_vectors():
     """Four elements a thread: 16 bytes of float32, 8 of the 16-bit types. Each is one access, or the table is stale."""
     for name, others in {"q_sample mean_std": 2, "q_sample mean_logvar image fp16": 2, "q_sample sample": 1}.items():
@@ -49,6 +52,7 @@ def test_full_blocks_move_in_whole_vectors():
         assert len(re.findall(r"ld\.global\.v2\.b32", used.ptx)) == others, name  # latents
 
 
+@pytest.mark.build
 def test_the_last_program_sees_what_all_others_wrote():
     ((_, used),) = aot.compile_configuration("diffusion_loss 1x8x8", 90)  # one warp: no other barrier lies between
     assert "atom.global.gpu.acq_rel.add" in used.ptx

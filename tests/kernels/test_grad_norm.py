@@ -136,6 +136,7 @@ def compiled(tmp_path_factory) -> list[str]:
         return [used.ptx for _, used in aot.compile_configuration("grad_norm", 90)]
 
 
+@pytest.mark.build
 def test_aligned_chunks_move_in_vectors_of_16_bytes(compiled):
     """Of 32 elements a thread, eight vectors of float32 and four of each 16-bit type; the other loads are those of the
     table, and single elements of misaligned tensors and last chunks."""
@@ -144,5 +145,6 @@ def test_aligned_chunks_move_in_vectors_of_16_bytes(compiled):
     assert len(re.findall(r"ld\.global\.b16", compiled[0])) == 32 + 32
 
 
+@pytest.mark.build
 def test_nothing_is_added_in_the_order_in_which_programs_end(compiled):
     assert not any(re.search(r"\b(atom|red)\.", ptx) for ptx in compiled)

@@ -163,6 +163,7 @@ def test_no_number_overflows(results, case):
         assert not found[:-3].isnan().any()
 
 
+@pytest.mark.build
 def test_whole_rows_of_eight_move_as_vectors():
     aot = pytest.importorskip("support.triton_aot")
     for name, kernels in {"linear_gelu": 1, "linear_gelu backward again": 2, "linear_gelu backward 24 wide": 2}.items():

@@ -273,6 +273,7 @@ def test_order_side_is_a_ceiled_root():
         assert size <= side**2
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_ahead_of_time(compiled, architecture):
     kernels = {name: found for name, found in compiled.items() if name.endswith(f" {architecture}")}

@@ -210,6 +210,7 @@ def compiled(tmp_path_factory) -> Iterator[Any]:
         yield lambda name: aot.compile_configuration(name, 90)[0][1].ptx
 
 
+@pytest.mark.build
 def test_y_alone_is_the_same_arithmetic(compiled):
     operations = [
         re.findall(r"\b(?:add|sub|mul|fma|rsqrt|cvt|shfl)\.[\w.]+", compiled(name))
@@ -219,6 +220,7 @@ def test_y_alone_is_the_same_arithmetic(compiled):
     assert len(floats[0]) > 36 * 5 and floats[0] == floats[1]
 
 
+@pytest.mark.build
 def test_rows_move_in_whole_vectors(compiled):
     """A lane has 36 columns, four at a time: 16 bytes of float32, 8 of bfloat16; 8 at a time if all are of 16 bits."""
     ptx = compiled("residual_ada_layer_norm 1152")
@@ -231,6 +233,7 @@ def test_rows_move_in_whole_vectors(compiled):
     assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == 2 * 4
 
 
+@pytest.mark.build
 def test_the_backward_pass_waits_for_no_row(compiled):
     """The next rows come by asynchronous copies: all that is loaded by itself is the gate and the scale, before."""
     ptx = compiled("residual_ada_layer_norm backward 1152")
