@@ -4,7 +4,7 @@
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
-# make soak    what takes longer than a test may: runs with kernels and without learn alike, all GPU stages rehearsed
+# make soak    what takes longer than a test may: runs with kernels and without learn alike, all GPU stages rehearsed, random calls
 # make bench   measure on this machine: bench/results/<machine>/*.json, then the tables of the documents
 # make gpu     on a machine with a GPU and torch, without .venv and network: the most important measurements within 8
 #              minutes, to out/gpu/; PART=tests, ops, attention, step or data measures all cases of one part
