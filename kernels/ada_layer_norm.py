@@ -24,7 +24,7 @@ def forward(
         x: (N, T, D) fp32, bf16 or fp16, contiguous; D up to 8192.
         shift, scale: (N, D) fp32, bf16 or fp16; rows may lie anywhere, columns side by side.
         offset: added to the scale. eps: added to the variance.
-        y: (N, T, D) out, of any of the dtypes. mean, rstd: (N, T) fp32 out.
+        y: (N, T, D) out, of any of the dtypes. mean, rstd: (N, T, 1) fp32 out.
     """
     residual_ada_layer_norm.forward(x, None, None, shift, scale, offset, eps, None, y, mean, rstd)
 

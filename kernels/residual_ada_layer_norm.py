@@ -284,7 +284,7 @@ def forward(
         gate, shift, scale: (N, D) fp32, bf16 or fp16; rows may lie anywhere, columns side by side. No gate is 1.
         offset: added to the scale. eps: added to the variance.
         x_out: (N, T, D) out, of x's dtype; None where only y is wanted, which has the same bits.
-        y: (N, T, D) out, of any of the dtypes. mean, rstd: (N, T) fp32 out.
+        y: (N, T, D) out, of any of the dtypes. mean, rstd: (N, T, 1) fp32 out.
     """
     samples, tokens, width = x.shape
     if x.numel() == 0:

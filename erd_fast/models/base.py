@@ -85,7 +85,7 @@ class DiffusionModel(nn.Module):
 
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype of matrix products: autocast's where it is on, else the parameters'."""
-        return autocast_dtype(parameter.device.type) or parameter.dtype
+        return autocast_dtype(parameter) or parameter.dtype
 
 
 def check_sizes(model: str, *, num_classes: int, **sizes: int) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops.checks import autocast_dtype, check_device, check_dtype, check_shape
+from erd_fast.ops.checks import autocast_dtype, check_dtype, check_tensor
 from erd_fast.ops.core.backend import Triton
 from erd_fast.ops.core.op import Op, Pass, reference_needed
 
@@ -74,20 +74,17 @@ def modulation(
     """(shift, scale, offset) that do all of it: y = (offset + scale) xhat + shift, both (N, D) with a last stride of 1.
     A vector for all samples has a first stride of 0."""
     samples, _, width = x.shape
-    for name, given in {"shift": shift, "scale": scale}.items():
-        check_shape(op, name, given, (samples, width))
-    for name, given in {"weight": weight, "bias": bias}.items():
-        check_shape(op, name, given, (width,))
-    named = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    check_device(op, x=x, **named)
-    given_ones = [(name, given) for name, given in named.items() if given is not None]
-    for name, given in given_ones:
-        check_dtype(op, name, given, *FLOATS)
-        check_dtype(op, name, given, given_ones[0][1].dtype)
-        if name in ("weight", "bias") and given_ones[0][0] in ("shift", "scale"):
-            raise ValueError(f"{op}: {name}: given beside {given_ones[0][0]}, allowed one pair of the two")
-    offset = 1.0 if weight is None else 0.0
-    shift, scale = shift if bias is None else bias, scale if weight is None else weight
+    offset, names = 1.0, ("shift", "scale")
+    shape: tuple[int, ...] = samples, width
+    if weight is not None or bias is not None:
+        if shift is not None or scale is not None:
+            names = ("weight" if bias is None else "bias", "scale" if shift is None else "shift")
+            raise ValueError(f"{op}: {names[0]}: given beside {names[1]}, allowed one pair of the two")
+        offset, names, shape = 1.0 if weight is None else 0.0, ("bias", "weight"), (width,)
+        shift, scale = bias, weight
+    dtypes = FLOATS if shift is None else (shift.dtype,)
+    check_tensor(op, names[0], shift, shape, FLOATS, x.device)
+    check_tensor(op, names[1], scale, shape, dtypes, x.device)
     if shift is None or scale is None:
         other = scale if shift is None else shift
         zero = torch.zeros(width, dtype=torch.float32 if other is None else other.dtype, device=x.device)
@@ -103,14 +100,14 @@ def _rows(vector: Tensor, samples: int) -> Tensor:
 def output_dtype(op: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of y: what was asked for, autocast's where it is on, else x's."""
     if dtype is None:
-        return autocast_dtype(x.device.type) or x.dtype
+        return autocast_dtype(x) or x.dtype
     if dtype not in FLOATS:
         raise ValueError(f"{op}: dtype: given {dtype}, allowed {', '.join(map(str, FLOATS))}")
     return dtype
 
 
 class Normalized(NamedTuple):
-    """y, and the mean and 1 / sqrt(var + eps) of each token in float32."""
+    """y, and the mean and 1 / sqrt(var + eps) of each token, (N, T, 1) float32."""
 
     y: Tensor
     mean: Tensor
@@ -126,15 +123,16 @@ class _Gradients(NamedTuple):
 def normalized(x: Tensor, shift: Tensor, scale: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Normalized:
     """y, mean and rstd in PyTorch."""
     normal, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
-    y = torch.addcmul(shift.float()[:, None], normal, (offset + scale.float())[:, None], out=normal)
-    return Normalized(y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1))
+    factor = scale.float().add(offset) if offset else scale.float()
+    y = torch.addcmul(shift.float().unsqueeze(1), normal, factor.unsqueeze(1), out=normal)
+    return Normalized(y if dtype == torch.float32 else y.to(dtype), mean, rstd)
 
 
 def normalized_backward(
     dy: Tensor, x: Tensor, scale: Tensor, offset: float, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dshift, dscale) in PyTorch, float32."""
-    x, dy, mean, rstd = x.float(), dy.float(), mean[..., None], rstd[..., None]
+    x, dy = x.float(), dy.float()
     dnormal = dy * (offset + scale.float())[:, None]
     none = (True, False, False)
     dx = torch.ops.aten.native_layer_norm_backward(dnormal, x, x.shape[-1:], mean, rstd, None, None, none)[0]
@@ -144,7 +142,7 @@ def normalized_backward(
 
 def statistics(x: Tensor) -> Tensor:
     """Room for a number of each token."""
-    return torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    return torch.empty((*x.shape[:2], 1), dtype=torch.float32, device=x.device)
 
 
 def sums(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from erd_fast.ops.availability import interpreted
-from erd_fast.ops.checks import check_dtype
+from erd_fast.ops.checks import autocast_dtype, check_dtype
 from erd_fast.ops.core.backend import External, Triton
 from erd_fast.ops.core.op import Op, Pass, reference_needed
 from erd_fast.ops.external_attention import EXTERNAL, HALVES, merge_heads, sdpa
@@ -48,8 +48,8 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     No second derivative, but in ``reference``.
     """
     _check(qkv, num_heads)
-    if _in_autocast(qkv):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    if (dtype := autocast_dtype(qkv)) is not None:
+        qkv = qkv.to(dtype)
     if reference_needed():
         return attention_reference(qkv, num_heads)
     return _op(qkv=qkv.contiguous(), num_heads=num_heads).out
@@ -75,10 +75,6 @@ def _check(qkv: Tensor, num_heads: int) -> None:
     check_dtype("attention", "qkv", qkv, torch.float32, *HALVES)
 
 
-def _in_autocast(qkv: Tensor) -> bool:
-    return not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type)
-
-
 def _wide(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """q, k and v (N, H, T, K) in float32, or wider if they are."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -89,12 +85,12 @@ def _wide(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 def _exact(qkv: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block in which autocast does not make matrix products narrower."""
-    return torch.autocast(qkv.device.type, enabled=False) if _in_autocast(qkv) else contextlib.nullcontext()
+    return contextlib.nullcontext() if autocast_dtype(qkv) is None else torch.autocast(qkv.device.type, enabled=False)
 
 
 class _Attended(NamedTuple):
     out: Tensor
-    lse: Tensor | None
+    lse: Tensor | None = None
     """(N, H, T) float32: logarithm of the softmax's denominator; other projects' functions keep it to themselves."""
 
 

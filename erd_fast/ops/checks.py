@@ -5,18 +5,37 @@ import math
 import torch
 from torch import Tensor
 
+_FEW = 64  # numbers that Python compares faster than PyTorch
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast on this type of device, where it is on."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # which raises for types that have none
-        return torch.get_autocast_dtype(device_type)
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device, where it is on."""
+    kind = "cpu" if tensor.is_cpu else tensor.device.type  # the latter takes longer than all the rest
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which raises for types that have none
+        return torch.get_autocast_dtype(kind)
     return None
+
+
+def check_tensor(
+    op: str,
+    argument: str,
+    given: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless ``given`` is None or has this shape, one of the dtypes, and is on this device."""
+    if given is None or (given.shape == shape and given.dtype in dtypes and given.device == device):
+        return
+    check_shape(op, argument, given, shape)
+    check_dtype(op, argument, given, *dtypes)
+    raise ValueError(f"{op}: {argument}: given a tensor on {given.device}, allowed {device}, where the others are")
 
 
 def check_shape(op: str, argument: str, given: Tensor | None, allowed: tuple[int, ...]) -> None:
     """Raise ValueError unless ``given`` is None or has the shape ``allowed``: nothing broadcasts by accident."""
     if given is not None and given.shape != allowed:
-        raise ValueError(f"{op}: {argument}: given shape {tuple(given.shape)}, allowed {allowed}")
+        raise ValueError(f"{op}: {argument}: given shape {tuple(given.shape)}, allowed {tuple(allowed)}")
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
@@ -72,5 +91,8 @@ def _readable(given: Tensor) -> bool:
 
 
 def _extremes(given: Tensor) -> tuple[float, float]:
+    if given.numel() <= _FEW:
+        numbers = given.flatten().tolist()
+        return min(numbers), max(numbers)
     low, high = given.aminmax()
     return low.item(), high.item()

@@ -23,8 +23,13 @@ def sdpa(qkv: Tensor, num_heads: int) -> Tensor:
     """PyTorch's function, (N, T, 3 D) to (N, T, D). q, k and v are views; their gradients are stacked where dqkv has
     them, which is one copy."""
     n, t, row = qkv.shape
-    q, k, v = qkv.view(n, t, 3, num_heads, row // (3 * num_heads)).unbind(2)
-    return merge_heads(F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+    heads = qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
+    if heads.requires_grad:
+        q, k, v = heads.unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    else:  # the same views by fewer calls
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 def merge_heads(out: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ _flash_on_gpu = _sdpa_with(SDPBackend.FLASH_ATTENTION)
 
 
 def _flash(qkv: Tensor, num_heads: int) -> Tensor:
-    if qkv.device.type != "cpu":
+    if not qkv.is_cpu:
         return _flash_on_gpu(qkv, num_heads)
     # On a CPU torch selects it unasked, and asking takes longer than a small call. Its kernel returns 0 where all
     # scores of a row are NaN, so that a diverged run would look like a sound one.
@@ -135,7 +140,7 @@ def _halves_rule(qkv: Tensor, num_heads: int, widest: int = 256, multiple: int =
 
 
 def _flash_rule(qkv: Tensor, num_heads: int) -> str | None:
-    if qkv.device.type == "cpu":
+    if qkv.is_cpu:
         return None
     if not qkv.is_cuda:
         return f"it takes cpu and cuda tensors, and these are on {qkv.device.type}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops.checks import autocast_dtype, check_device, check_dtype, check_shape
+from erd_fast.ops.checks import autocast_dtype, check_dtype, check_shape, check_tensor
 from erd_fast.ops.core.backend import Backend, Extension, Triton
 from erd_fast.ops.core.op import Op, Pass, dispatched, reference_needed
 
@@ -39,7 +39,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
     """
     _check_layer("linear_gelu", x, weight, bias, approximate)
-    x, weight, bias = _cast("linear_gelu", x=x, weight=weight, bias=bias)
+    x, weight, bias = _cast("linear_gelu", ("x", "weight", "bias"), (x, weight, bias))
     if reference_needed():
         return linear_gelu_reference(x, weight, bias, approximate=approximate)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -85,19 +85,15 @@ def gelu_mlp(
             f"gelu_mlp: next_weight: given shape {tuple(next_weight.shape)}, allowed (D, {weight.shape[0]})"
         )
     check_shape("gelu_mlp", "next_bias", next_bias, (next_weight.shape[0],))
-    tensors = _cast("gelu_mlp", x=x, weight=weight, bias=bias, next_weight=next_weight, next_bias=next_bias)
+    names = ("x", "weight", "bias", "next_weight", "next_bias")
+    tensors = _cast("gelu_mlp", names, (x, weight, bias, next_weight, next_bias))
     if reference_needed():
         return gelu_mlp_reference(*tensors, approximate=approximate)
     if torch.compiler.is_compiling() or dispatched(*tensors):
         return F.linear(linear_gelu(*tensors[:3], approximate=approximate), *tensors[3:])
-    x, *parameters = (tensor.contiguous() for tensor in tensors)
-    again = x.device.type == "cuda" if recompute is None else recompute
-    args = {
-        "x": x.view(-1, x.shape[-1]),
-        "weight": parameters[0],
-        "bias": parameters[1],
-        "approximate": approximate,
-    }
+    x, *parameters = [tensor.contiguous() for tensor in tensors]
+    again = x.is_cuda if recompute is None else recompute
+    args = _first_layer(x, parameters[0], parameters[1], approximate)
 
     def whole(backend: Backend) -> None:
         """The MLP forward and backward, which is what an autotuner times."""
@@ -106,7 +102,11 @@ def gelu_mlp(
             y = _GeluMlp.apply(*leaves, approximate, again, backend)
         torch.autograd.grad(y, leaves, y.detach())
 
-    return _GeluMlp.apply(x, *parameters, approximate, again, _op.choose(args, call=whole))
+    backend = _op.choose(args, call=whole)
+    if torch.is_grad_enabled():
+        return _GeluMlp.apply(x, *parameters, approximate, again, backend)
+    activation = _op.run(_op.forward, backend, args).activation
+    return _second_layer(x, activation, *parameters[2:])
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
@@ -141,19 +141,23 @@ def _check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor, approximate: 
     check_shape(op, "bias", bias, (weight.shape[0],))
 
 
-def _cast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, of one floating dtype and on one device; under autocast in its dtype."""
-    check_device(op, **tensors)
-    x = tensors["x"]
-    for name, tensor in tensors.items():
-        check_dtype(op, name, tensor, *_FLOATS)
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
-        return tuple(tensor.to(dtype) for tensor in tensors.values())
-    for name, tensor in tensors.items():
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{op}: {name}: given {tensor.dtype}, allowed {x.dtype}, as x has it")
-    return tuple(tensors.values())
+def _cast(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, of the first one's dtype and device; under autocast in its dtype."""
+    x, dtype = tensors[0], autocast_dtype(tensors[0])
+    check_dtype(op, names[0], x, *_FLOATS)
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        allowed = (x.dtype,) if dtype is None else _FLOATS
+        for name, tensor in zip(names, tensors, strict=True):
+            check_tensor(op, name, tensor, tensor.shape, allowed, x.device)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _first_layer(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> dict[str, Any]:
+    return {"x": x.view(-1, x.shape[-1]), "weight": weight, "bias": bias, "approximate": approximate}
+
+
+def _second_layer(x: Tensor, activation: Tensor, next_weight: Tensor, next_bias: Tensor) -> Tensor:
+    return torch.addmm(next_bias, activation, next_weight.t()).view(*x.shape[:-1], -1)
 
 
 class _GeluMlp(torch.autograd.Function):
@@ -171,13 +175,12 @@ class _GeluMlp(torch.autograd.Function):
         recompute: bool,
         backend: Backend,
     ) -> Tensor:
-        args = {"x": x.view(-1, x.shape[-1]), "weight": weight, "bias": bias, "approximate": approximate}
-        activation, pre = _op.run(_op.forward, backend, args)
+        activation, pre = _op.run(_op.forward, backend, _first_layer(x, weight, bias, approximate))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, weight, next_weight, pre, None if recompute else activation)
         del pre  # not to outlive the product below where nobody needs it
         ctx.approximate, ctx.backend = approximate, backend.name
-        return torch.addmm(next_bias, activation, next_weight.t()).view(*x.shape[:-1], -1)
+        return _second_layer(x, activation, next_weight, next_bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

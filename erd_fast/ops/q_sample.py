@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from erd_fast.latents import KINDS, LOGVAR_RANGE, LatentKind, has_posterior, latent_channels
-from erd_fast.ops.checks import check_device, check_dtype, check_finite, check_rows, check_shape
+from erd_fast.ops.checks import check_dtype, check_finite, check_rows, check_tensor
 from erd_fast.ops.core.backend import Extension, Triton
 from erd_fast.ops.core.op import Op, Pass, reference_needed
 from erd_fast.ops.patchify import check_patch, patch_shape, patchify
@@ -79,15 +79,19 @@ def q_sample(
     _check_latents(latents, kind, count, patch, dtype)
     channels = latent_channels(kind, latents.shape[1])
     shape = (count, channels, *latents.shape[2:])
-    for name, tensor in (("t_index", t_index), ("index", index), ("ids", ids)):
-        _check_tensor(name, tensor, (count,), _ROWS, latents)
-    _check_tensor("flip", flip, (count,), (torch.bool,), latents)
-    _check_tensor("scale", scale, (channels,), _REALS, latents)
-    _check_tensor("shift", shift, (channels,), _REALS, latents)
-    _check_tensor("noise", noise, shape, _REALS, latents)
-    _check_tensor("posterior_noise", posterior_noise, shape, _REALS, latents)
-    _check_coefficients(coefficients, t_index is not None, count)
-    check_device("q_sample", latents=latents, coefficients=coefficients)
+    for name, tensor, allowed, dtypes in (
+        ("t_index", t_index, (count,), _ROWS),
+        ("index", index, (count,), _ROWS),
+        ("ids", ids, (count,), _ROWS),
+        ("flip", flip, (count,), (torch.bool,)),
+        ("scale", scale, (channels,), _REALS),
+        ("shift", shift, (channels,), _REALS),
+        ("noise", noise, shape, _REALS),
+        ("posterior_noise", posterior_noise, shape, _REALS),
+    ):
+        if tensor is not None:
+            check_tensor("q_sample", name, tensor, allowed, dtypes, latents.device)
+    _check_coefficients(coefficients, None if t_index is not None else count, latents.device)
     check_rows("q_sample", "t_index", t_index, coefficients.shape[0])
     check_rows("q_sample", "index", index, latents.shape[0])
     if (noise is None or (with_posterior and posterior_noise is None)) and (ids is None or seed is None):
@@ -183,25 +187,14 @@ def _check_latents(latents: Tensor, kind: str, count: int, patch: int, dtype: to
     check_patch("q_sample", patch, *latents.shape[2:])
 
 
-def _check_coefficients(coefficients: Tensor, with_t_index: bool, count: int) -> None:
+def _check_coefficients(coefficients: Tensor, count: int | None, device: torch.device) -> None:
+    """``count`` is the number of rows, None that of a table."""
     rows, *row = coefficients.shape or (0,)
-    if row != [4] or not (with_t_index or rows == count):
-        allowed = "(K, 4)" if with_t_index else f"({count}, 4), or (K, 4) with t_index"
+    if row != [4] or count not in (None, rows):
+        allowed = "(K, 4)" if count is None else f"({count}, 4), or (K, 4) with t_index"
         raise ValueError(f"q_sample: coefficients: given shape {tuple(coefficients.shape)}, allowed {allowed}")
-    check_dtype("q_sample", "coefficients", coefficients, *_REALS)
+    check_tensor("q_sample", "coefficients", coefficients, coefficients.shape, _REALS, device)
     check_finite("q_sample", "coefficients", coefficients)
-
-
-def _check_tensor(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], latents: Tensor
-) -> None:
-    """Shape, dtype, and the device of the latents, if it is given."""
-    if tensor is None:
-        return
-    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != latents.device:
-        check_shape("q_sample", name, tensor, shape)
-        check_dtype("q_sample", name, tensor, *dtypes)
-        check_device("q_sample", latents=latents, **{name: tensor})
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -16,7 +16,7 @@ from erd_fast.ops.ada_layer_norm import (
     statistics,
     sums,
 )
-from erd_fast.ops.checks import check_device, check_dtype, check_shape
+from erd_fast.ops.checks import check_tensor
 from erd_fast.ops.core.backend import Triton
 from erd_fast.ops.core.op import Op, Pass, reference_needed
 
@@ -64,9 +64,7 @@ def residual_ada_layer_norm(
     x' + y forward; backward dx' + dy + x + branch + dx + dbranch, and the branch of ``source``.
     """
     check_tokens(_OP, "x", x)
-    check_tokens(_OP, "branch", branch)
-    check_shape(_OP, "branch", branch, tuple(x.shape))
-    check_device(_OP, x=x, branch=branch, gate=gate)
+    check_tensor(_OP, "branch", branch, x.shape, FLOATS, x.device)
     shift, scale, offset = modulation(_OP, x, shift, scale, weight, bias)
     gate = _checked_gate(x, gate, scale)
     dtype = output_dtype(_OP, x, dtype)
@@ -152,11 +150,8 @@ def _joined(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
 
 def _plain(source: Branch, x: Tensor, scale: Tensor) -> Branch:
     """What x was made of, as kernels take it, without gradient."""
-    for name, given in {"x": source.x, "branch": source.branch}.items():
-        check_shape(_OP, f"source.{name}", given, tuple(x.shape))
-    check_dtype(_OP, "source.x", source.x, x.dtype)
-    check_dtype(_OP, "source.branch", source.branch, *FLOATS)
-    check_device(_OP, x=x, source_x=source.x, source_branch=source.branch, source_gate=source.gate)
+    check_tensor(_OP, "source.x", source.x, x.shape, (x.dtype,), x.device)
+    check_tensor(_OP, "source.branch", source.branch, x.shape, FLOATS, x.device)
     gate = _checked_gate(x, source.gate, scale)
     detached = None if gate is None else gate.detach()
     return Branch(source.x.detach().contiguous(), source.branch.detach().contiguous(), detached)
@@ -165,8 +160,7 @@ def _plain(source: Branch, x: Tensor, scale: Tensor) -> Branch:
 def _checked_gate(x: Tensor, gate: Tensor | None, scale: Tensor) -> Tensor | None:
     if gate is None:
         return None
-    check_shape(_OP, "gate", gate, (x.shape[0], x.shape[2]))
-    check_dtype(_OP, "gate", gate, scale.dtype)
+    check_tensor(_OP, "gate", gate, (x.shape[0], x.shape[2]), (scale.dtype,), x.device)
     return gate if gate.stride(1) == 1 else gate.contiguous()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from erd_fast.ops.checks import check_dense
+from erd_fast.ops.core.autotune import capturing
 
 CHUNK = 8192
 MOST_EMAS = 4
@@ -175,11 +176,6 @@ class TensorTable:
         if self._pending and not capturing(self._device):
             self.rows.copy_(torch.tensor(self._rows, dtype=torch.int64).view(-1, COLUMNS))
             self._pending = False
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _places(sizes: Sequence[int]) -> Tensor:

@@ -19,8 +19,9 @@ from erd_fast.ops.adamw_ema import (
     adamw_ema,
 )
 from erd_fast.ops.checks import check_dense
+from erd_fast.ops.core.autotune import capturing
 from erd_fast.ops.grad_norm import grad_norm
-from erd_fast.ops.tensor_table import MOST_EMAS, Slot, Slots, TensorTable, capturing
+from erd_fast.ops.tensor_table import MOST_EMAS, Slot, Slots, TensorTable
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
 _PICKLED = ("counts", "_scalars", "_factors", "_settings", "_settings_given", "_decays", "_masters", "_growth_interval")

@@ -114,7 +114,10 @@ def call(**other: object) -> Tensor:
         ({"shift": torch.randn(3, 8)}, "shift: given shape (3, 8), allowed (2, 8)"),
         ({"scale": torch.randn(2, 3, 8)}, "scale: given shape (2, 3, 8), allowed (2, 8)"),
         ({"scale": torch.randn(2, 8).bfloat16()}, "scale: given torch.bfloat16, allowed torch.float32"),
-        ({"shift": torch.randn(2, 8, device="meta")}, "shift: given a tensor on meta, allowed cpu, where x is"),
+        (
+            {"shift": torch.randn(2, 8, device="meta")},
+            "shift: given a tensor on meta, allowed cpu, where the others are",
+        ),
         ({"weight": torch.ones(8)}, "weight: given beside shift, allowed one pair of the two"),
         ({"shift": None, "scale": None, "bias": torch.ones(9)}, "bias: given shape (9,), allowed (8,)"),
         ({"dtype": torch.float64}, "dtype: given torch.float64, allowed torch.float32"),
@@ -152,7 +155,7 @@ def test_the_passes_are_those_of_torch_library():
     shift, scale = torch.randn(2, 2, 8)
     forward = (x, shift, scale, 1.0, 1e-6, torch.bfloat16, "reference")
     torch.library.opcheck(torch.ops.erd_fast.ada_layer_norm_fwd.default, forward)
-    backward = (torch.randn(2, 3, 8), x.detach(), scale, 1.0, *torch.rand(2, 2, 3), "reference")
+    backward = (torch.randn(2, 3, 8), x.detach(), scale, 1.0, *torch.rand(2, 2, 3, 1), "reference")
     torch.library.opcheck(torch.ops.erd_fast.ada_layer_norm_bwd.default, backward)
 
 

@@ -68,8 +68,9 @@ def test_what_is_not_finite_comes_through(bad, where):
     assert not grad_norm(gradients).isfinite()
 
 
-def test_no_gradients_have_norm_0():
-    assert grad_norm([]) == 0
+@pytest.mark.parametrize("gradients", [[], [torch.zeros(0)], [torch.zeros(0, 3), torch.zeros(2, 0)]])
+def test_no_gradients_have_norm_0(gradients):
+    assert grad_norm(gradients) == 0
 
 
 def test_holes_and_several_devices_are_refused():

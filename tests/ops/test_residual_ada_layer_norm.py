@@ -149,7 +149,10 @@ def call(**other: object) -> tuple[Tensor, Tensor]:
         ({"branch": torch.randn(2, 3, 8).int()}, "branch: given torch.int32, allowed torch.float32"),
         ({"gate": torch.randn(8)}, "gate: given shape (8,), allowed (2, 8)"),
         ({"gate": torch.randn(2, 8).half()}, "gate: given torch.float16, allowed torch.float32"),
-        ({"branch": torch.empty(2, 3, 8, device="meta")}, "branch: given a tensor on meta, allowed cpu, where x is"),
+        (
+            {"branch": torch.empty(2, 3, 8, device="meta")},
+            "branch: given a tensor on meta, allowed cpu, where the others are",
+        ),
         ({"source": Branch(torch.randn(2, 3, 7), torch.randn(2, 3, 8), None)}, "source.x: given shape (2, 3, 7)"),
         ({"source": Branch(torch.randn(2, 3, 8), torch.randn(1, 1, 8), None)}, "source.branch: given shape (1, 1, 8)"),
         ({"source": Branch(*torch.randn(2, 2, 3, 8), torch.randn(8))}, "gate: given shape (8,), allowed (2, 8)"),
@@ -201,7 +204,7 @@ def test_the_passes_are_those_of_torch_library(gated):
         "reference",
     )
     torch.library.opcheck(torch.ops.erd_fast.residual_ada_layer_norm_fwd.default, forward)
-    statistics = torch.rand(2, 2, 3)
+    statistics = torch.rand(2, 2, 3, 1)
     backward = (dx_out, dy, x.detach(), branch, used, branch, used, scale, 1.0, *statistics, "reference")
     torch.library.opcheck(torch.ops.erd_fast.residual_ada_layer_norm_bwd.default, backward)
 

@@ -13,8 +13,6 @@ from erd_fast.ops.availability import Reason, extension_unavailable, interpreted
 if TYPE_CHECKING:
     from erd_fast.ops.core.op import Args, Outputs, Pass
 
-_SUFFIX = {"forward": "fwd", "backward": "bwd"}
-
 
 class Backend:
     """Base of the four kinds of backend.
@@ -38,7 +36,7 @@ class Backend:
 
     def why_not(self, device: torch.device, args: "Args") -> Reason | None:
         """Why it cannot run a call with these arguments, on tensors of ``device``, or its backward pass."""
-        if self.device not in ("", device.type):
+        if self.device and self.device != device.type:
             return Reason(
                 f"it takes {self.device} tensors, and these are on {device.type}",
                 f"move them to {self.device}, or take another backend",
@@ -63,31 +61,29 @@ class Reference(Backend):
 
 class _Kernels(Backend):
     """Kernels of ours: they fill the outputs that :attr:`Pass.empty` allocates, and receive the arguments and outputs
-    that they name. An output without elements is not wanted: it is passed as None."""
+    that they name. An output without elements is passed as None where the kernel's signature allows that."""
 
     def __init__(self, name: str, device: str, rule: Callable[..., str | None] | None = None):
         super().__init__(name, device, rule)
-        self._loaded: dict[tuple[str, str], tuple[Callable[..., None], list[str]]] = {}
+        self._loaded: dict[str, tuple[Callable[..., None], dict[str, bool]]] = {}
 
     def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
-        key = direction.op, direction.name
-        if key not in self._loaded:
-            self._loaded[key] = self._load(*key)
-        kernel, names = self._loaded[key]
+        if direction.symbol not in self._loaded:
+            self._loaded[direction.symbol] = self._load(direction)
+        kernel, optional = self._loaded[direction.symbol]
         outputs = direction.empty(**args)
         named = args.copy()
         for name, output in zip(direction.fields, outputs, strict=True):
-            named[name] = output if output.numel() else None
-        with self._guard(device):
-            kernel(*[named[name] for name in names])
+            named[name] = output if output.numel() or not optional[name] else None
+        self._launch(kernel, [named[name] for name in optional], device)
         return outputs
 
-    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
-        """The kernel, and the names of what it receives."""
+    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+        """The kernel, and the names of what it receives with whether each may be None."""
         raise NotImplementedError
 
-    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
+    def _launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
+        kernel(*values)
 
 
 class Triton(_Kernels):
@@ -99,13 +95,14 @@ class Triton(_Kernels):
     def unavailable(self) -> Reason | None:
         return triton_unavailable()
 
-    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
-        kernel = getattr(importlib.import_module(f"erd_fast.kernels.{op}"), direction)
-        return kernel, list(inspect.signature(kernel).parameters)
+    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+        kernel = getattr(importlib.import_module(f"erd_fast.kernels.{direction.op}"), direction.name)
+        parameters = inspect.signature(kernel, eval_str=True).parameters.values()
+        return kernel, {it.name: isinstance(None, it.annotation) for it in parameters}
 
-    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    def _launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel(*values)  # Triton launches on the current device
 
 
 class Extension(_Kernels):
@@ -117,9 +114,9 @@ class Extension(_Kernels):
     def unavailable(self) -> Reason | None:
         return extension_unavailable(self.name)
 
-    def _load(self, op: str, direction: str) -> tuple[Callable[..., None], list[str]]:
-        kernel = getattr(torch.ops._erd_fast_C, f"{op}_{_SUFFIX[direction]}").default
-        return kernel, [argument.name for argument in kernel._schema.arguments]
+    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+        kernel = getattr(torch.ops._erd_fast_C, direction.symbol).default
+        return kernel, {it.name: it.type.kind() == "OptionalType" for it in kernel._schema.arguments}
 
 
 class External(Backend):
@@ -146,4 +143,4 @@ class External(Backend):
         return self._unavailable()
 
     def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
-        return direction.outputs(self.call(**args), *[None] * (len(direction.fields) - 1))
+        return direction.outputs(self.call(**args))  # its other outputs have defaults

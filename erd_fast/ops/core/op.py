@@ -15,7 +15,7 @@ gradient of output ``y``, and its own output ``dx`` that of input ``x``.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ Args = dict[str, Any]
 """The arguments of a pass by name."""
 Outputs = Any
 """A NamedTuple of tensors."""
-_SUFFIX = {"forward": "fwd", "backward": "bwd"}
+_PLAIN = {Tensor, Parameter, type(None)}
 
 
 class Pass:
@@ -43,49 +43,51 @@ class Pass:
         body: the pass in PyTorch; its parameters are the schema, its NamedTuple the outputs (None if it has none).
         empty: the outputs, uninitialised, for the same arguments.
         names, fields: of the arguments, and of the outputs.
+        tensors: names of the arguments that are tensors.
+        leader: the first of them that is never None; calls run on its device.
         mutates: names of the arguments that it changes.
+        op, name, symbol: "<op>", "forward", "<op>_fwd".
     """
 
     def __init__(self, body: Callable[..., Outputs], empty: Callable[..., Outputs], mutates: Sequence[str] = ()):
         self.body, self.empty, self.mutates = body, empty, mutates
-        self.signature = inspect.signature(body, eval_str=True)
-        self.names = tuple(self.signature.parameters)
-        self.tensors = frozenset(
-            name for name, it in self.signature.parameters.items() if it.annotation in (Tensor, Tensor | None)
-        )
-        self.leader = next(name for name, it in self.signature.parameters.items() if it.annotation is Tensor)
-        returned = self.signature.return_annotation
-        self.outputs: Callable[..., Outputs] = returned or tuple
-        self.fields: tuple[str, ...] = getattr(returned, "_fields", ())
+        signature = inspect.signature(body, eval_str=True)
+        types = {name: it.annotation for name, it in signature.parameters.items()}
+        self.names = tuple(types)
+        self.tensors = tuple(name for name, kind in types.items() if kind in (Tensor, Tensor | None))
+        self.leader = next(name for name, kind in types.items() if kind is Tensor)
+        self.outputs: Callable[..., Outputs] = signature.return_annotation or tuple
+        self.fields: tuple[str, ...] = getattr(self.outputs, "_fields", ())
+        self.schema = self._schema(types)
 
-    def register(self, op: "Op", direction: str) -> None:
+    def _schema(self, types: dict[str, Any]) -> str:
+        """For torch.library: the parameters without defaults, then the backend's name; plain tuples."""
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=it) for name, it in (types | {"backend": str}).items()]
+        returned = (None, Tensor)[len(self.fields)] if len(self.fields) < 2 else tuple[(Tensor,) * len(self.fields)]  # type: ignore[misc]
+
+        def prototype() -> None: ...
+
+        prototype.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+        return torch.library.infer_schema(prototype, mutates_args=self.mutates)
+
+    def register(self, op: "Op", name: str) -> None:
         """Make this pass ``torch.ops.erd_fast.<op>_fwd`` or ``_bwd``, whose last argument is the backend's name."""
-        self.op, self.name = op.name, direction
+        self.op, self.name, self.symbol = op.name, name, f"{op.name}_{name[0]}wd"
 
         def run(*values: Any) -> Any:
-            *inputs, backend = values
-            args = dict(zip(self.names, inputs, strict=True))
-            known = op.require(backend, args) if direction == "forward" else op.backends[backend]
-            return self.flat(op.run(self, known, args))
+            args = self.by_name(values)
+            backend = op.require(values[-1], args) if name == "forward" else op.backends[values[-1]]
+            return self.flat(op.run(self, backend, args))
 
-        run.__signature__ = self.schema()  # type: ignore[attr-defined]
-        name = f"erd_fast::{op.name}_{_SUFFIX[direction]}"
-        self.registered = torch.library.custom_op(name, run, mutates_args=self.mutates)
-        self.registered.register_fake(
-            lambda *values: self.flat(self.empty(**dict(zip(self.names, values[:-1], strict=True))))
+        self.registered = torch.library.custom_op(
+            f"erd_fast::{self.symbol}", run, mutates_args=self.mutates, schema=self.schema
         )
+        self.registered.register_fake(lambda *values: self.flat(self.empty(**self.by_name(values))))
 
-    def schema(self) -> inspect.Signature:
-        """For torch.library: positional parameters without defaults, then the backend's name; plain tuples."""
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [it.replace(kind=kind, default=it.empty) for it in self.signature.parameters.values()]
-        parameters.append(inspect.Parameter("backend", kind, annotation=str))
-        returned = (None, Tensor)[len(self.fields)] if len(self.fields) < 2 else tuple[(Tensor,) * len(self.fields)]  # type: ignore[misc]
-        return inspect.Signature(parameters, return_annotation=returned)
-
-    def dispatch(self, args: Args, backend: str) -> Outputs:
-        """Run through torch's dispatcher."""
-        return self.named(self.registered(*[args[name] for name in self.names], backend))
+    def by_name(self, values: Sequence[Any]) -> Args:
+        """The arguments of a registered call, whose last is the backend's name."""
+        return dict(zip(self.names, values[:-1], strict=True))
 
     def flat(self, outputs: Outputs) -> Any:
         """As torch.library has them: None, a tensor or a tuple of several."""
@@ -132,7 +134,8 @@ class Op:
             backward.register(self, "backward")
         self.gradient = _Gradient(self, gradient) if gradient or backward else None
         if self.gradient is not None:
-            forward.registered.register_autograd(self.gradient.backward, setup_context=self.gradient.save_registered)
+            through, save = self.gradient.backward_registered, self.gradient.save_registered
+            forward.registered.register_autograd(through, setup_context=save)
         self._define_choice()
 
     def _define_choice(self) -> None:
@@ -140,38 +143,37 @@ class Op:
         constant of both graphs. Its last argument are the names to choose from, with commas."""
 
         def choose(*values: Any) -> Any:
-            *inputs, names = values
+            names = values[-1]
             if "," in names:
-                args = dict(zip(self.forward.names, inputs, strict=True))
-                names = next(backend.name for backend in self.candidates(args) if backend.name in names.split(","))
-            return self.forward.registered(*inputs, names)
+                found = self.candidates(self.forward.by_name(values))
+                names = next(backend.name for backend in found if backend.name in names.split(","))
+            return self.forward.registered(*values[:-1], names)
 
-        choose.__signature__ = self.forward.schema()  # type: ignore[attr-defined]
         self._library = torch.library.Library("erd_fast", "FRAGMENT")  # which owns the definition
-        self._library.define(self.name + torch.library.infer_schema(choose, mutates_args=self.forward.mutates))
+        self._library.define(self.name + self.forward.schema)
         self._library.impl(self.name, choose, "CompositeImplicitAutograd")
         self._choice = getattr(torch.ops.erd_fast, self.name).default
 
     def __call__(self, **args: Any) -> Outputs:
         if torch.compiler.is_compiling():
-            return self._traced(args)
-        plain, needs_gradient = _kinds(args)
-        if not plain or (self.traced is not None and args[self.forward.leader].is_meta):
-            return self._dispatched(args)
-        return self._run_eager(self.choose(args), args, needs_gradient)
+            return self._dispatched(args, tracing=True)
+        by_dispatcher = dispatched(*[args[name] for name in self.forward.tensors])
+        if by_dispatcher or (self.traced is not None and args[self.forward.leader].is_meta):
+            return self._dispatched(args, tracing=False)
+        return self._run_eager(self.choose(args), args)
 
     def differentiate(self, backend: str, **args: Any) -> Outputs:
         """The backward pass, on the backend of the forward pass."""
         assert self.backward is not None
-        if torch.compiler.is_compiling() or not _kinds(args)[0]:
-            return self.backward.dispatch(args, backend)
+        if torch.compiler.is_compiling() or dispatched(*[args[name] for name in self.backward.tensors]):
+            values = [args[name] for name in self.backward.names]
+            return self.backward.named(self.backward.registered(*values, backend))
         return self.run(self.backward, self.backends[backend], args)
 
     def run(self, direction: Pass, backend: Backend, args: Args) -> Outputs:
         """Run one direction on a backend. There is no fallback: ranks would run different kernels, and a fault of a
         kernel would show as a slow step."""
-        recording = active_recording()
-        if recording is not None:
+        if (recording := active_recording()) is not None:
             recording.note(self.name, backend.name, args)
             if recording.dry:
                 return direction.empty(**args)
@@ -218,8 +220,10 @@ class Op:
 
     def candidates(self, args: Args) -> Iterator[Backend]:
         """Backends that can run these arguments, in the order in which they are tried; the last is the reference."""
-        device = self.device(args)
-        return (backend for backend in self.available() if backend.why_not(device, args) is None)
+        device = args[self.forward.leader].device
+        for backend in self.available():
+            if backend.why_not(device, args) is None:
+                yield backend
 
     def available(self) -> tuple[Backend, ...]:
         """Backends that this machine has, in the order in which they are tried."""
@@ -234,28 +238,24 @@ class Op:
     def device(self, args: Args) -> torch.device:
         return args[self.forward.leader].device
 
-    def _traced(self, args: Args) -> Outputs:
-        """A call that torch.compile traces."""
-        name = requested_while_tracing(self.name)
+    def _dispatched(self, args: Args, tracing: bool) -> Outputs:
+        """A call in which torch's dispatcher has a part besides autograd, or that torch.compile traces."""
+        name = requested_while_tracing(self.name) if tracing else requested(self.name)
         external = self.traced if name is None else self.backends.get(name)
         if isinstance(external, External):
-            return self.forward.outputs(external.call(**args), *[None] * (len(self.forward.fields) - 1))
+            if tracing:
+                return self.forward.outputs(external.call(**args))
+            return self.run(self.forward, external if name is None else self.require(name, args), args)
         values = [args[argument] for argument in self.forward.names]
         return self.forward.named(self._choice(*values, name or available(self.name)))
 
-    def _dispatched(self, args: Args) -> Outputs:
-        """A call in which torch's dispatcher has a part besides autograd."""
-        by_request = self.traced is None or requested(self.name) is not None
-        backend = self.choose(args) if by_request else cast(Backend, self.traced)
-        if isinstance(backend, External):
-            return self.run(self.forward, backend, args)
-        return self.forward.dispatch(args, backend.name)
-
-    def _run_eager(self, backend: Backend, args: Args, needs_gradient: bool) -> Outputs:
+    def _run_eager(self, backend: Backend, args: Args) -> Outputs:
         """A call without the dispatcher, which takes longer than a small batch's kernel."""
-        if needs_gradient and self.gradient is not None and not isinstance(backend, External):
-            values = [args[name] for name in self.forward.names]
-            return self.forward.outputs(*_Eager.apply(self, *values, backend.name))
+        if self.gradient is not None and torch.is_grad_enabled() and not isinstance(backend, External):
+            tensors = [args[name] for name in self.forward.tensors]
+            for it in tensors:
+                if it is not None and it.requires_grad:
+                    return self.forward.outputs(*_Eager.apply(self, backend, args, *tensors))
         return self.run(self.forward, backend, args)
 
     def _timed_call(self, args: Args) -> Callable[[Backend], Any]:
@@ -268,7 +268,7 @@ class Op:
         leaves = [it for it in inputs.values() if isinstance(it, Tensor) and it.requires_grad]
 
         def call(backend: Backend) -> None:
-            output = self._run_eager(backend, inputs, bool(leaves))[0]
+            output = self._run_eager(backend, inputs)[0]
             if leaves:
                 torch.autograd.grad(output, leaves, output.detach())
 
@@ -280,8 +280,7 @@ class _Gradient:
 
     def __init__(self, op: Op, function: Callable[..., dict[str, Tensor]] | None):
         self.op, self.function = op, function
-        typed = function if op.backward is None or function is not None else op.backward.body
-        assert typed is not None
+        typed = function or op.backward.body  # type: ignore[union-attr]
         parameters = inspect.signature(typed, eval_str=True).parameters
         forward = op.forward
         self.given = {name: it.annotation is Tensor for name, it in parameters.items() if name[1:] in forward.fields}
@@ -289,26 +288,28 @@ class _Gradient:
         kept = [name for name in parameters if name in (*forward.names, *forward.fields)]
         self.tensors = [name for name in kept if name in (*forward.tensors, *forward.fields)]
         self.others = [name for name in kept if name not in self.tensors]
+        self.constant = [name for name in forward.fields if f"d{name}" not in self.given]
         self.also = [name for name in ("backend", "needs") if name in parameters]
 
-    def save_registered(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *values, backend = inputs
-        forward = self.op.forward
-        self.save(ctx, dict(zip(forward.names, values, strict=True)), forward.named(output), backend)
-
     def save(self, ctx: Any, args: Args, outputs: Outputs, backend: str) -> None:
-        forward = self.op.forward
-        values = args | dict(zip(forward.fields, outputs, strict=True))
+        values = dict(zip(self.op.forward.fields, outputs, strict=True)) | args
         ctx.save_for_backward(*[values[name] for name in self.tensors])
-        ctx.mark_non_differentiable(*[values[name] for name in forward.fields if f"d{name}" not in self.given])
+        ctx.mark_non_differentiable(*[values[name] for name in self.constant])
         ctx.set_materialize_grads(False)
         ctx.others = {name: values[name] for name in self.others}
-        ctx.dtypes = {name: args[name].dtype for name in forward.tensors if args[name] is not None}
-        ctx.zeros = {name: (values[name[1:]].shape, values[name[1:]].dtype) for name in self.given}
+        if len(self.given) > 1:  # else the gradient is there whenever the backward pass runs
+            ctx.zeros = {name: (values[name[1:]].shape, values[name[1:]].dtype) for name in self.given}
         ctx.backend = backend
 
-    def backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        op, names = self.op, self.op.forward.names
+    def save_registered(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        forward = self.op.forward
+        self.save(ctx, forward.by_name(inputs), forward.named(output), inputs[-1])
+
+    def backward(
+        self, ctx: Any, gradients: Sequence[Tensor | None], names: Sequence[str], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of the arguments ``names``, of which some are ``needed``. Autograd casts them to their dtypes."""
+        op = self.op
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # What the forward pass saved would count as constant, and the second derivative be wrong silently.
             raise RuntimeError(f"{op.name}: double backward (create_graph) is not supported; use {op.name}_reference")
@@ -316,63 +317,51 @@ class _Gradient:
         given = {name: outputs[name] for name in self.given}
         device = next((it.device for it in given.values() if it is not None), None)
         if device is None:
-            return (None,) * (len(names) + 1)
-        saved = dict(zip(self.tensors, ctx.saved_tensors, strict=True))
+            return [None] * len(names)
         for name, required in self.given.items():
             if (it := given[name]) is not None:
                 given[name] = it.contiguous()
             elif required:
                 shape, dtype = ctx.zeros[name]
                 given[name] = torch.zeros(shape, dtype=dtype, device=device)
-        found = self._call(ctx, given | saved | ctx.others)
-        dtypes = ctx.dtypes
-        return *(found[it].to(dtypes[it]) if it in found and it in dtypes else None for it in names), None
-
-    def _call(self, ctx: Any, named: Args) -> dict[str, Tensor]:
-        """Gradients by the name of the argument."""
+        named = given | dict(zip(self.tensors, ctx.saved_tensors, strict=True)) | ctx.others
         if self.function is None:
-            assert self.op.backward is not None
-            outputs = self.op.differentiate(ctx.backend, **named)
-            return {name[1:]: it for name, it in zip(self.op.backward.fields, outputs, strict=True)}
+            found = op.differentiate(ctx.backend, **named)
+            named = {name[1:]: it for name, it in found._asdict().items()}
+        else:
+            needs = [name for name, need in zip(names, needed, strict=True) if need]
+            also = {"backend": ctx.backend, "needs": needs}
+            named = self.function(**named, **{name: also[name] for name in self.also})
+        return [named.get(name) if need else None for name, need in zip(names, needed, strict=True)]
+
+    def backward_registered(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         names = self.op.forward.names
         # From the end: autograd's node of an op may have one more at the beginning.
         needed = ctx.needs_input_grad[-len(names) - 1 : -1]
-        needs = [name for name, need in zip(names, needed, strict=True) if need]
-        also = {"backend": ctx.backend, "needs": needs}
-        return self.function(**named, **{name: also[name] for name in self.also})
+        return *self.backward(ctx, gradients, names, needed), None
 
 
 class _Eager(torch.autograd.Function):
     """Autograd of an op without torch's dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, *values: Any) -> Any:
-        *inputs, backend = values
-        args = dict(zip(op.forward.names, inputs, strict=True))
-        outputs = op.run(op.forward, op.backends[backend], args)
+    def forward(ctx: Any, op: Op, backend: Backend, args: Args, *tensors: Tensor | None) -> Any:
+        """``tensors`` are those of ``args``, where autograd sees them."""
+        outputs = op.run(op.forward, backend, args)
         assert op.gradient is not None
-        op.gradient.save(ctx, args, outputs, backend)
+        op.gradient.save(ctx, args, outputs, backend.name)
         ctx.op = op
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.op.gradient.backward(ctx, *gradients)
+        op = ctx.op
+        return None, None, None, *op.gradient.backward(ctx, gradients, op.forward.tensors, ctx.needs_input_grad[3:])
 
 
-def _kinds(args: Args) -> tuple[bool, bool]:
-    """Whether the dispatcher has no part in a call besides autograd, and whether autograd has one."""
-    plain, needs_gradient = not torch._C._len_torch_dispatch_stack(), False
-    for it in args.values():
-        if isinstance(it, Tensor):
-            plain = plain and (type(it) is Tensor or type(it) is Parameter)
-            needs_gradient = needs_gradient or it.requires_grad
-    return plain, needs_gradient and torch.is_grad_enabled()
-
-
-def dispatched(*tensors: Tensor) -> bool:
+def dispatched(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher has a part in a call besides autograd: a mode (fake tensors, tracing), a subclass."""
-    return bool(torch._C._len_torch_dispatch_stack()) or any(type(it) not in (Tensor, Parameter) for it in tensors)
+    return bool(torch._C._len_torch_dispatch_stack()) or not _PLAIN.issuperset(map(type, tensors))
 
 
 def reference_needed(*tensors: Tensor | None) -> bool:

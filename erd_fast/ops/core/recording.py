@@ -16,11 +16,13 @@ class Recording:
     Attributes:
         backends: op -> names of backends, in the order of their first use.
         dry: choose backends without running them; ops return uninitialised outputs.
+        calls: (op, backend, arguments) of each call while it was dry.
     """
 
     def __init__(self, dry: bool = False):
         self.dry = dry
         self.backends: dict[str, list[str]] = {}
+        self.calls: list[tuple[str, str, dict[str, Any]]] = []
 
     def names(self) -> dict[str, str]:
         """op -> its backends with commas."""
@@ -28,6 +30,9 @@ class Recording:
 
     def note(self, op: str, backend: str, args: dict[str, Any]) -> None:
         """Add a call; the first one on a backend is logged."""
+        if self.dry:
+            self.calls.append((op, backend, args))
+            return
         seen = self.backends.setdefault(op, [])
         if backend not in seen:
             seen.append(backend)

@@ -25,7 +25,8 @@ OPS: dict[str, "Op"] = {}
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In the order in which ``auto`` tries them, if an op has no order of its own."""
 _VARIABLE = "ERD_FAST_BACKEND"
-_text: contextvars.ContextVar[str | None] = contextvars.ContextVar("erd_fast_backend", default=None)
+_ENVIRONMENT = os.environ.get(_VARIABLE, "")
+_request: contextvars.ContextVar[str] = contextvars.ContextVar("erd_fast_backend", default=_ENVIRONMENT)
 
 
 class _Traced(threading.local):
@@ -33,7 +34,7 @@ class _Traced(threading.local):
     of a thread-local object no attribute of its class."""
 
     def __init__(self) -> None:
-        self.text: str | None = None
+        self.request = _ENVIRONMENT
 
 
 _traced = _Traced()
@@ -44,7 +45,8 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
     """Run ops on named backends within a ``with`` block: ``use_backend("triton")`` for all ops that have it,
     ``use_backend(q_sample="cpu", draw="reference")`` or ``use_backend("q_sample=cpu,draw=reference")`` for single ones.
 
-    The block's choice overrides that of ``ERD_FAST_BACKEND``; ``auto`` is a name too. A backward pass runs on the
+    The block's choice overrides that of ``ERD_FAST_BACKEND``, which is read when ops are imported; ``auto`` is a name
+    too. A backward pass runs on the
     backend of its forward pass in any thread. A forward pass that torch.utils.checkpoint recomputes on a GPU runs in a
     thread of autograd, which sees the variable but not the block; ``context_fn`` of checkpoint can enter it there.
 
@@ -53,31 +55,28 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
     """
     text = ",".join(filter(None, (choice, *(f"{op}={backend}" for op, backend in ops.items()))))
     _parsed(text, "use_backend")
-    token, before = _text.set(text), _traced.text
-    _traced.text = text
+    token, before = _request.set(text), _traced.request
+    _traced.request = text
     try:
         yield
     finally:
-        _text.reset(token)
-        _traced.text = before
+        _request.reset(token)
+        _traced.request = before
 
 
 def requested(op: str) -> str | None:
     """The backend that is requested for ``op``; None is auto. torch.compile has :func:`requested_while_tracing`."""
-    return _request(_text.get(), op)
+    text = _request.get()
+    return _requested(text, op) if text else None
 
 
 def requested_while_tracing(op: str) -> str | None:
-    """:func:`requested` as a constant of a graph. Another ``use_backend`` block recompiles; the environment variable is
-    read once per graph."""
-    return _request(_traced.text, op)
+    """:func:`requested` as a constant of a graph; another ``use_backend`` block recompiles."""
+    return _requested(_traced.request, op)
 
 
-def _request(text: str | None, op: str) -> str | None:
-    where, text = (_VARIABLE, os.environ.get(_VARIABLE, "")) if text is None else ("use_backend", text)
-    if not text:
-        return None
-    choice = _parsed(text, where)
+def _requested(text: str, op: str) -> str | None:
+    choice = _parsed(text, _VARIABLE)
     general = choice.get("")
     named = choice.get(op, general if general in OPS[op].backends else None)
     return None if named == "auto" else named
@@ -89,7 +88,7 @@ def available(op: str) -> str:
 
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler to do so. The text is guarded.
-_request._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -108,17 +107,6 @@ def _parsed(text: str, where: str) -> dict[str, str]:
     return choice
 
 
-class _DryRun(Recording):
-    """A recording of calls that are not run, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__(dry=True)
-        self.calls: list[tuple[str, str, dict[str, Any]]] = []
-
-    def note(self, op: str, backend: str, args: dict[str, Any]) -> None:
-        self.calls.append((op, backend, args))
-
-
 def explain(function: str, *args: Any, **how: Any) -> str:
     """Which backend a function of :mod:`erd_fast.ops` takes, and why not the others: for a call with these arguments,
     which is not run, or without any in general.
@@ -131,8 +119,7 @@ def explain(function: str, *args: Any, **how: Any) -> str:
         return _explanation(op, requested(function) or op.available()[0].name, None)
     if function not in (*OPS, "gelu_mlp"):
         raise ConfigError(unknown_name("op", function, OPS))
-    dry = _DryRun()
-    with record(dry):
+    with record(Recording(dry=True)) as dry:
         getattr(importlib.import_module("erd_fast.ops"), function)(*args, **how)
     if not dry.calls:
         return f"{function} takes its differentiable reference: the call is inside a transform, or needs a gradient"

@@ -24,7 +24,7 @@ BROKEN: set[str] = set()
 
 class Doubled(NamedTuple):
     y: Tensor
-    spare: Tensor | None
+    spare: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -203,13 +203,8 @@ def test_the_backend_of_the_forward_pass_runs_the_backward_pass(way, compiled):
 @WAYS
 @COMPILED
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_what_is_requested_around_the_backward_pass_does_not_change_it(way, compiled, monkeypatch):
+def test_what_is_requested_around_the_backward_pass_does_not_change_it(way, compiled):
     x = torch.ones(3, requires_grad=True)
-    monkeypatch.setenv("ERD_FAST_BACKEND", "toy_own=reference")
-    with use_backend("auto"):  # which a backward thread does not see, unlike the variable
-        y = toy_own(compiled)(x).y.sum()
-    way(lambda: torch.autograd.grad(y, x))
-    monkeypatch.delenv("ERD_FAST_BACKEND")
     y = toy_own(compiled)(x).y.sum()
 
     def within() -> Any:
@@ -217,19 +212,7 @@ def test_what_is_requested_around_the_backward_pass_does_not_change_it(way, comp
             return torch.autograd.grad(y, x)
 
     way(within)
-    assert [*CALLS] == ["forward", "backward"] * 2
-
-
-@WAYS
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_graph_takes_the_backend_that_the_environment_names(way, monkeypatch):
-    torch.compiler.reset()  # a graph keeps the variable that it was made under
-    monkeypatch.setenv("ERD_FAST_BACKEND", "toy_own=reference")
-    x = torch.ones(3, requires_grad=True)
-    y = toy_own(compiled=True)(x).y.sum()
-    way(lambda: torch.autograd.grad(y, x))
-    torch.compiler.reset()
-    assert [*CALLS] == ["forward reference", "backward reference"]
+    assert [*CALLS] == ["forward", "backward"]
 
 
 @WAYS
@@ -299,4 +282,4 @@ def test_a_recording_has_what_ran_in_threads_too():
 def test_a_dry_recording_runs_nothing():
     with record(Recording(dry=True)) as recording:
         assert toy_own(compiled=False)(torch.ones(3, requires_grad=True)).y.shape == (3,)
-    assert not CALLS and recording.backends == {"toy_own": ["cpu"]}
+    assert not CALLS and [call[:2] for call in recording.calls] == [("toy_own", "cpu")]

@@ -1,10 +1,12 @@
 """declare and backends: which backend runs, what is refused and why, and what torch's machinery makes of an op."""
 
-import contextlib
 import importlib
 import inspect
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,16 +78,10 @@ def test_kernels_name_only_what_their_op_has():
 
 
 @NO_GPU
-@pytest.mark.parametrize("choose", ["variable", "context"])
 @pytest.mark.parametrize("text", ["triton", "q_sample=triton", "draw=reference, q_sample=triton"])
-def test_a_named_backend_that_cannot_run_raises(choose, text, monkeypatch):
-    if choose == "variable":
-        monkeypatch.setenv("ERD_FAST_BACKEND", text)
-        context = contextlib.nullcontext()
-    else:
-        context = use_backend(text)
+def test_a_named_backend_that_cannot_run_raises(text):
     process = DiffusionProcess(get_schedule("cosine", 10))
-    with context, pytest.raises(BackendUnavailableError) as caught:
+    with use_backend(text), pytest.raises(BackendUnavailableError) as caught:
         process.q_sample(torch.zeros(1, 1, 2, 2), torch.tensor([3]), ids=torch.tensor([0]), seed=0)
     error = caught.value
     assert (error.op, error.backend) == ("q_sample", "triton")
@@ -127,16 +123,47 @@ def test_ops_without_the_named_backend_stay_auto():
         ada_layer_norm(torch.zeros(1, 2, 8))
 
 
-def test_a_block_overrides_the_variable_and_ends(monkeypatch):
-    monkeypatch.setenv("ERD_FAST_BACKEND", "q_sample=triton")
-    assert requested("q_sample") == "triton"
-    with use_backend("auto"):
-        assert requested("q_sample") is None
-        with use_backend(q_sample="reference"):
-            assert requested("q_sample") == "reference"
-            assert requested("draw") is None
-        assert requested("q_sample") is None
-    assert requested("q_sample") == "triton"
+def test_a_block_overrides_the_one_around_it_and_ends():
+    with use_backend(q_sample="triton"):
+        with use_backend("auto"):
+            assert requested("q_sample") is None
+            with use_backend(q_sample="reference"):
+                assert requested("q_sample") == "reference"
+                assert requested("draw") is None
+            assert requested("q_sample") is None
+        assert requested("q_sample") == "triton"
+
+
+def _with_variable(text: str, code: str) -> str:
+    """What ``code`` prints in a process whose ERD_FAST_BACKEND is ``text``."""
+    environment = {**os.environ, "ERD_FAST_BACKEND": text}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "thread"])
+def test_the_variable_requests_a_backend_unless_a_block_does(way):
+    code = f"""
+import threading, torch
+from erd_fast.ops import q_sample, use_backend
+from erd_fast.ops.core.recording import record
+function = lambda x: q_sample(x, torch.ones(1, 4), noise=x).x_t
+if "{way}" == "compiled":
+    function = torch.compile(function, backend="aot_eager", fullgraph=True)
+def calls():
+    x = torch.zeros(1, 1, 2, 2)
+    with record() as recording:
+        function(x)
+        with use_backend("auto"):
+            function(x)
+    print(*recording.backends["q_sample"])
+thread = threading.Thread(target=calls)
+thread.start() if "{way}" == "thread" else calls()
+"""
+    with record() as recording:
+        q_sample(torch.zeros(1, 1, 2, 2), torch.ones(1, 4), noise=torch.zeros(1, 1, 2, 2))
+    names = dict.fromkeys(["reference", *recording.backends["q_sample"]])
+    assert _with_variable("draw=cpu,q_sample=reference", code).split() == [*names]
 
 
 @pytest.mark.parametrize(
@@ -147,12 +174,22 @@ def test_a_block_overrides_the_variable_and_ends(monkeypatch):
         ("q_sample=", "unknown backend ''"),
     ],
 )
-def test_unknown_names_suggest_the_nearest(text, message, monkeypatch):
+def test_unknown_names_suggest_the_nearest(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)), use_backend(text):
         pass
-    monkeypatch.setenv("ERD_FAST_BACKEND", text)
-    with pytest.raises(ConfigError, match="ERD_FAST_BACKEND: unknown"):
-        q_sample(torch.zeros(1, 1, 2, 2), torch.ones(1, 4), noise=torch.zeros(1, 1, 2, 2))
+
+
+def test_an_unknown_name_in_the_variable_raises_at_the_first_call():
+    code = """
+import torch
+from erd_fast.errors import ConfigError
+from erd_fast.ops import q_sample
+try:
+    q_sample(torch.zeros(1, 1, 2, 2), torch.ones(1, 4), noise=torch.zeros(1, 1, 2, 2))
+except ConfigError as error:
+    print(error)
+"""
+    assert "ERD_FAST_BACKEND: unknown backend 'tritn' (did you mean" in _with_variable("tritn", code)
 
 
 def test_explain_says_which_and_why_not():
