@@ -64,7 +64,7 @@ class Record:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    cuda, commit = torch.cuda.is_available(), _git("rev-parse", "HEAD")
+    cuda, (commit, dirty) = torch.cuda.is_available(), checkout_commit()
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "erd_fast": erd_fast.__version__,
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -175,9 +175,13 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
-def _git(*arguments: str) -> str:
+def checkout_commit() -> tuple[str, bool | None]:
+    """Commit of the checkout that runs, and whether files differ from it; ("", None) for an installed package."""
     root = Path(erd_fast.__file__).resolve().parent.parent
-    return _output("git", "-C", str(root), *arguments)
+    if not (root / "csrc").is_dir():  # site-packages, maybe in a checkout of something else
+        return "", None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    return commit, bool(_output("git", "-C", str(root), "status", "--porcelain")) if commit else None
 
 
 def _output(*command: str) -> str:
