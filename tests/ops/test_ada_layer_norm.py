@@ -116,7 +116,7 @@ def call(**other: object) -> Tensor:
         ({"scale": torch.randn(2, 8).bfloat16()}, "scale: given torch.bfloat16, allowed torch.float32"),
         (
             {"shift": torch.randn(2, 8, device="meta")},
-            "shift: given a tensor on meta, allowed cpu, where the others are",
+            "shift: given a tensor on meta, allowed cpu",
         ),
         ({"weight": torch.ones(8)}, "weight: given beside shift, allowed one pair of the two"),
         ({"shift": None, "scale": None, "bias": torch.ones(9)}, "bias: given shape (9,), allowed (8,)"),
