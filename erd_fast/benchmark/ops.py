@@ -2,6 +2,7 @@
 is timed."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
@@ -227,7 +228,8 @@ def _prepare(case: Case, workload: Workload, variant: Variant, expected: Tensors
             sampler = (captured if device.type == "cuda" and not case.called else wall)(calls)
 
     def take() -> float:
-        with running(workload, variant), autotune(tuner):
+        chosen = autotune(tuner) if workload.limit is None else contextlib.nullcontext()
+        with running(workload, variant), chosen:
             return sampler.take()
 
     return _Prepared(Sampler(take, sampler.cost), ran, peak_bytes, [deviation.error for deviation in deviations])

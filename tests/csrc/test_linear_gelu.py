@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops import OPS, gelu_mlp, linear_gelu
-from erd_fast.ops.linear_gelu import _backward_launch, _launch
+from erd_fast.ops import OPS, gelu_mlp, linear_gelu, use_backend
+from erd_fast.ops.core.backend import Extension
 from support.builds import ROOT, build, source
 from support.parity import SEEDS, gradients, hold, no_worse
 
@@ -149,7 +150,7 @@ def _nan(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _forward(built: Built, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     outputs = tuple(_nan(len(x), len(weight), dtype=x.dtype) for _ in range(2))
-    _launch(built.ops.linear_gelu_fwd, (x, weight, bias, "tanh"), outputs)
+    built.ops.linear_gelu_fwd(x, weight, bias, "tanh", *outputs)
     return outputs
 
 
@@ -158,7 +159,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     outputs = (_nan(*pre.shape, dtype=pre.dtype), _nan(pre.shape[1], dtype=torch.float32))
     outputs = (*outputs, _nan(*(pre.shape if again else (0,)), dtype=pre.dtype))
-    _backward_launch(built.ops.linear_gelu_bwd, (dy, next_weight, pre, "tanh", again), outputs)
+    dpre, dbias, activation = outputs
+    built.ops.linear_gelu_bwd(dy, next_weight, pre, "tanh", dpre, dbias, activation if again else None)
     return outputs
 
 
@@ -215,15 +217,6 @@ def test_our_own_kernels_do_what_has_no_gemm(built, size, dtype):
     dactivation, _, pre = inputs(0)
     full, lean = (_backward(built, dactivation, None, pre, again) for again in (True, False))
     assert torch.equal(full[0], lean[0]) and torch.equal(full[1], lean[1]) and not lean[2].numel()
-    assert built.multiplications == before
-
-
-def test_a_next_layer_of_an_odd_width_is_multiplied_by_torch(built):
-    before = built.multiplications
-    shapes = ((37, 12), (12, 40), (37, 40))
-    names = ("dpre", "dbias", "activation")
-    hold(lambda *given: _backward(built, *given), _plain_backward, lambda seed: _drawn(seed, torch.bfloat16, *shapes),
-         names)  # fmt: skip
     assert built.multiplications == before
 
 
@@ -299,20 +292,42 @@ def test_arguments_that_would_read_elsewhere_are_refused(built, wrong, message):
         built.ops.linear_gelu_fwd(**{**right, **wrong})
 
 
+class Emulated(Extension):
+    """The CUDA kernels of linear_gelu, emulated on tensors of a CPU."""
+
+    def __init__(self, built: Built):
+        super().__init__("cpu")
+        self.name, self.built, self.ran, self.fails = "cuda", built, [], False
+
+    def unavailable(self) -> None:
+        return None
+
+    def load(self, direction: Any) -> tuple[Any, dict[str, bool]]:
+        kernel = getattr(self.built.ops, direction.symbol).default
+        return kernel, {it.name: it.type.kind() == "OptionalType" for it in kernel._schema.arguments}
+
+    def launch(self, kernel: Any, values: list[Any], device: torch.device) -> None:
+        self.ran.append(kernel._schema.name.partition("::")[2])
+        if self.fails and self.ran[-1] == "linear_gelu_bwd":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        kernel(*values)
+
+
 @pytest.fixture
-def through_cuda(built, monkeypatch) -> None:
+def through_cuda(built, monkeypatch) -> Iterator[Emulated]:
     """The op as it runs where there is a GPU."""
-    op = OPS["linear_gelu"]
-    monkeypatch.setattr(op, "choose", lambda *args, **how: "cuda")
-    kernels = {"forward": built.ops.linear_gelu_fwd, "backward": built.ops.linear_gelu_bwd}
-    monkeypatch.setattr(op, "_kernel", lambda backend, direction: kernels[direction.direction])
+    emulated = Emulated(built)
+    monkeypatch.setitem(OPS["linear_gelu"].backends, "cuda", emulated)
+    with use_backend(linear_gelu="cuda"):
+        yield emulated
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype):
+@pytest.mark.parametrize(("width", "multiplications"), [(24, 2), (12, 1)])  # PyTorch multiplies rows of 12 numbers
+def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, width, multiplications, recompute, dtype):
     before = built.multiplications
-    shapes = ((2, 9, 16), (40, 16), (40,), (24, 40), (24,), (2, 9, 24))
+    shapes = ((2, 9, 16), (40, 16), (40,), (width, 40), (width,), (2, 9, width))
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
         *leaves, dy = _drawn(seed, dtype, *shapes)
@@ -327,22 +342,13 @@ def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype):
         return gradients(call, (x, weight, bias, next_weight, next_bias), (dy,))
 
     hold(ours, plain, inputs, ("y", "dx", "dweight", "dbias", "dnext_weight", "dnext_bias"))
-    assert built.multiplications == before + 2 * SEEDS
+    assert built.multiplications == before + multiplications * SEEDS
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_cuda, built, monkeypatch, fails):
+def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_cuda, fails):
     """Autograd runs backward passes of a GPU in a thread of its own."""
-    op, ran = OPS["linear_gelu"], []
-    kernel_of = op._kernel
-
-    def noted(backend: str, direction: Any) -> Any:
-        ran.append((backend, direction.direction))
-        if fails and direction is op.backward:
-            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
-        return kernel_of(backend, direction)
-
-    monkeypatch.setattr(op, "_kernel", noted)
+    through_cuda.fails = fails
     x, *parameters = _drawn(0, torch.float32, (9, 16), (40, 16), (40,), (24, 40), (24,))
     y = gelu_mlp(x.requires_grad_(), *parameters)
     with ThreadPoolExecutor(1) as pool:
@@ -356,7 +362,7 @@ def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_
             )
         else:
             assert gradient.result()[0].isfinite().all()
-    assert ran == [("cuda", "forward"), ("cuda", "backward")]
+    assert through_cuda.ran == ["linear_gelu_fwd", "linear_gelu_bwd"]
 
 
 def test_a_layer_through_cuda_is_pytorchs(through_cuda):

@@ -40,6 +40,7 @@ class Autotuner:
         self.timing, self.captured = timing, captured
         self.left_out: dict[str, str] = {}
         self._choices: dict[str, Choices] = {}
+        self._found: dict[tuple[Any, ...], str | None] = {}  # what fastest() gave: a signature takes longer
 
     def choices(self, device: torch.device) -> Choices:
         """What was timed or loaded for devices of this model."""
@@ -57,28 +58,33 @@ class Autotuner:
         )
         if not valid:
             raise ConfigError(f"{source}: choices must map ops to signatures to backends, got {choices!r}")
+        self._found.clear()
         for op, found in choices.items():
             self._choices.setdefault(device_name(device), {}).setdefault(op, {}).update(found)
 
-    def find(self, op: "Op", args: "Args") -> str | None:
-        """The known backend for these arguments."""
+    def fastest(self, op: "Op", args: "Args", call: "Callable[[Backend], Any] | None" = None) -> str | None:
+        """The fastest backend for these arguments, timed by ``call(backend)``; None if the static order decides."""
+        device, grad = op.device(args), torch.is_grad_enabled()
+        values = [(it.shape, it.dtype, it.requires_grad) if isinstance(it, Tensor) else it for it in args.values()]
+        key = (op.name, device, grad, *values)
+        if key not in self._found:
+            if capturing(device):
+                return self.known(op, args)
+            self._found[key] = self.known(op, args) or self._timed(op, args, call or op.timed_call(args))
+        return self._found[key]
+
+    def known(self, op: "Op", args: "Args") -> str | None:
+        """The backend that was timed or loaded for these arguments."""
         known = self._choices.get(device_name(op.device(args)), {})
         return known.get(op.name, {}).get(signature(args.values()))
 
-    def time(self, op: "Op", args: "Args", call: "Callable[[Backend], Any]") -> str | None:
-        """Time ``call(backend)`` for each backend that can run these arguments, and keep the fastest.
-
-        The reference is left out, and so is a single backend: there is nothing to choose. Nothing is timed while a
-        CUDA graph is captured.
-
-        Returns:
-            The fastest; None if nothing was timed.
-        """
+    def _timed(self, op: "Op", args: "Args", call: "Callable[[Backend], Any]") -> str | None:
+        """Time each backend that can run these arguments, and keep the fastest. The reference is left out, and so is a
+        single backend: there is nothing to choose."""
         backends = [backend for backend in op.candidates(args) if backend.name != "reference"]
-        device = op.device(args)
-        if not self.timing or len(backends) < 2 or capturing(device):
+        if not self.timing or len(backends) < 2:
             return None
-        seconds: dict[str, float] = {}
+        device, seconds = op.device(args), dict[str, float]()
         for backend in backends:
             try:
                 seconds[backend.name] = self._seconds(functools.partial(call, backend), device)

@@ -69,20 +69,20 @@ class _Kernels(Backend):
 
     def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
         if direction.symbol not in self._loaded:
-            self._loaded[direction.symbol] = self._load(direction)
+            self._loaded[direction.symbol] = self.load(direction)
         kernel, optional = self._loaded[direction.symbol]
         outputs = direction.empty(**args)
         named = args.copy()
         for name, output in zip(direction.fields, outputs, strict=True):
             named[name] = output if output.numel() or not optional[name] else None
-        self._launch(kernel, [named[name] for name in optional], device)
+        self.launch(kernel, [named[name] for name in optional], device)
         return outputs
 
-    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+    def load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
         """The kernel, and the names of what it receives with whether each may be None."""
         raise NotImplementedError
 
-    def _launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
+    def launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
         kernel(*values)
 
 
@@ -95,12 +95,12 @@ class Triton(_Kernels):
     def unavailable(self) -> Reason | None:
         return triton_unavailable()
 
-    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+    def load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
         kernel = getattr(importlib.import_module(f"erd_fast.kernels.{direction.op}"), direction.name)
         parameters = inspect.signature(kernel, eval_str=True).parameters.values()
         return kernel, {it.name: isinstance(None, it.annotation) for it in parameters}
 
-    def _launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
+    def launch(self, kernel: Callable[..., None], values: list[Any], device: torch.device) -> None:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel(*values)  # Triton launches on the current device
 
@@ -114,7 +114,7 @@ class Extension(_Kernels):
     def unavailable(self) -> Reason | None:
         return extension_unavailable(self.name)
 
-    def _load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
+    def load(self, direction: "Pass") -> tuple[Callable[..., None], dict[str, bool]]:
         kernel = getattr(torch.ops._erd_fast_C, direction.symbol).default
         return kernel, {it.name: it.type.kind() == "OptionalType" for it in kernel._schema.arguments}
 

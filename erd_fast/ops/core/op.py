@@ -199,7 +199,7 @@ class Op:
             return self.require(name, args)
         tuner = active_autotuner() if self.timed else None
         if tuner is not None:
-            name = tuner.find(self, args) or tuner.time(self, args, call or self._timed_call(args))
+            name = tuner.fastest(self, args, call)
             if name is not None and self.why_not(name, args) is None:  # stored elsewhere, it may be missing here
                 return self.backends[name]
         return next(self.candidates(args))
@@ -258,7 +258,7 @@ class Op:
                     return self.forward.outputs(*_Eager.apply(self, backend, args, *tensors))
         return self.run(self.forward, backend, args)
 
-    def _timed_call(self, args: Args) -> Callable[[Backend], Any]:
+    def timed_call(self, args: Args) -> Callable[[Backend], Any]:
         """The forward pass on a backend, and the backward pass where an argument requires a gradient."""
         grad = torch.is_grad_enabled()
         inputs = {

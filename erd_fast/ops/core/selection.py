@@ -133,7 +133,7 @@ def _explanation(op: "Op", chosen: str, args: dict[str, Any] | None) -> str:
         why = "requested"
     elif op.traced is not None and chosen == op.traced.name:
         why = "PyTorch's own function, on the meta device and under dispatch modes"
-    elif tuner is not None and args and tuner.find(op, args):
+    elif tuner is not None and args and tuner.known(op, args):
         why = "the fastest of those timed"
     reasons = [f"  {name}: {op.why_not(name, args) or 'can run'}" for name in dict.fromkeys((*op.backends, *BACKENDS))]
     return "\n".join([f"{op.name} takes {chosen}, {why}", *reasons])
