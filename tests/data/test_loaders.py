@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from erd_fast.data import Batch, LatentStore, Loader, loaders, open_reader, write_store
+from erd_fast.diffusion import DiffusionProcess, get_schedule
+from erd_fast.ops import record, use_backend
 from erd_fast.random import sample_order
 from erd_fast.training.build import build_step
 from erd_fast.training.distributed import Ranks
@@ -118,6 +120,21 @@ def test_rows_are_copied_in_another_thread(store, loader, monkeypatch):
     next(batches)
     batches.close()
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+@reading
+def test_a_reading_thread_uses_the_backends_and_the_recording_of_its_caller(store, loader):
+    process = DiffusionProcess(get_schedule("cosine"), "v")
+
+    def plan(number: int) -> torch.Tensor:
+        counter = torch.tensor(4 * number)
+        return process.draw(counter, global_batch=4, seed=1, batch_size=4, dataset_size=COUNT).sample_index
+
+    with use_backend(draw="reference"), record() as recording:
+        with contextlib.closing(open_reader(store, loader, CPU).batches(plan, 0)) as batches:
+            ids = _ids(next(batches))
+    assert recording.backends == {"draw": ["reference"]}
+    assert torch.equal(ids, plan(0))
 
 
 @reading

@@ -2,8 +2,6 @@
 
 import math
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +18,7 @@ from erd_fast.ops.attention import attention_reference
 from erd_fast.ops.core.autotune import signature
 from erd_fast.ops.core.backend import External
 from erd_fast.ops.external_attention import cudnn_is_late, cudnn_rule
-from support.parity import errors, gradients, hold, no_worse
+from support.parity import errors, gradients, hold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU takes")
@@ -384,29 +382,3 @@ def test_an_old_cudnn_reads_beyond_the_last_token():
     qkv = torch.empty(1, 258, 192, dtype=torch.bfloat16)
     assert "multiples of 128 tokens, and this is 258" in cudnn_rule(qkv, 1, 91500)
     assert cudnn_rule(qkv[:, :256], 1, 91500) is None and cudnn_rule(qkv, 1, 91501) is None
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("flash_attn", "flash-attn-2"), ("flash_attn_interface", "flash-attn-3"), ("flash_attn.cute", "flash-attn-4")],
-)
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_flash_attentions_packages_get_what_they_take(monkeypatch, module, name, with_lse):
-    """A stand-in of their signature: (N, T, 3, H, K), or q, k and v, to (N, T, H, K), some with lse."""
-
-    def func(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> Any:
-        assert not deterministic and q.shape == (2, 17, 3, 72)
-        out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
-        return (out, None) if with_lse else out
-
-    def packed(qkv: Tensor, *, deterministic: bool) -> Any:
-        return func(*qkv.unbind(2), deterministic=deterministic)
-
-    functions = {"flash_attn_func": func} if module.endswith("cute") else {"flash_attn_qkvpacked_func": packed}
-    for part in (module.split(".")[0], module):
-        monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**functions))
-    qkv, dout = drawn(0)
-    found = gradients(lambda leaf: [OP.backends[name].call(leaf, 3)], [qkv], [dout])
-    expected = gradients(lambda leaf: [attention_reference(leaf, 3)], [qkv], [dout])
-    wide = qkv.detach().double().requires_grad_()
-    no_worse(found, expected, gradients(lambda leaf: [attention_reference(leaf, 3)], [wide], [dout.double()]))

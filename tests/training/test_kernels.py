@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erd_fast.errors import ConfigError
+from erd_fast.ops import use_backend
 from erd_fast.training.loop import train
 from support.run_folders import terminate
 
@@ -23,6 +24,14 @@ def test_a_run_keeps_which_backends_it_took_and_goes_on_with_its_choices(tmp_pat
     kept = json.loads(file.read_text())
     assert kept["device"] == stored["device"]
     assert kept["choices"]["attention"]["float32[2, 3]"] == "triton"
+
+
+def test_a_readers_thread_uses_the_backends_that_the_run_requests(tmp_path, tiny):
+    """The mmap reader draws in a thread of its own."""
+    with use_backend(draw="reference"):
+        train(tiny(data={"loader": "mmap"}), tmp_path / "run")
+    used = json.loads((tmp_path / "run" / "kernels.json").read_text())["used"]
+    assert used["draw"] == "reference"
 
 
 def test_choices_of_another_device_are_made_again(tmp_path, tiny, at_step):
