@@ -130,9 +130,13 @@ def test_a_reading_thread_uses_the_backends_and_the_recording_of_its_caller(stor
         counter = torch.tensor(4 * number)
         return process.draw(counter, global_batch=4, seed=1, batch_size=4, dataset_size=COUNT).sample_index
 
-    with use_backend(draw="reference"), record() as recording:
-        with contextlib.closing(open_reader(store, loader, CPU).batches(plan, 0)) as batches:
-            ids = _ids(next(batches))
+    reader = open_reader(store, loader, CPU)
+    with (
+        use_backend(draw="reference"),
+        record() as recording,
+        contextlib.closing(reader.batches(plan, 0)) as batches,
+    ):
+        ids = _ids(next(batches))
     assert recording.backends == {"draw": ["reference"]}
     assert torch.equal(ids, plan(0))
 
