@@ -9,7 +9,7 @@ import torch
 import erd_fast
 from erd_fast import info, ops
 from erd_fast.benchmark.records import checkout_commit
-from erd_fast.ops import availability
+from erd_fast.ops import availability, use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,13 +84,14 @@ def test_the_text_says_why_kernels_were_not_built(monkeypatch, compiled):
     assert f"extension {said}" in check_text()
 
 
-def test_the_text_shows_requests(monkeypatch):
-    monkeypatch.setenv("ERD_FAST_BACKEND", "reference,q_sample=flash")
-    text = words(info.describe())
+def test_the_text_shows_requests():
+    with use_backend("reference,q_sample=flash"):
+        described = info.describe()
+    text = words(described)
     assert "draw reference, as requested; auto: " in text
     assert "q_sample flash, requested but unavailable; auto: " in text
     assert "q_sample=flash: q_sample has no flash backend; take one of cuda, triton, cpu, reference" in text
-    assert len(info.describe().splitlines()) <= 25
+    assert len(described.splitlines()) <= 25
 
 
 def test_a_package_in_site_packages_has_no_commit(monkeypatch):

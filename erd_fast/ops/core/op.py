@@ -327,7 +327,7 @@ class _Gradient:
         named = given | dict(zip(self.tensors, ctx.saved_tensors, strict=True)) | ctx.others
         if self.function is None:
             found = op.differentiate(ctx.backend, **named)
-            named = {name[1:]: it for name, it in found._asdict().items()}
+            named = {name[1:]: it for name, it in zip(op.backward.fields, found, strict=True)}  # type: ignore[union-attr]
         else:
             needs = [name for name, need in zip(names, needed, strict=True) if need]
             also = {"backend": ctx.backend, "needs": needs}
