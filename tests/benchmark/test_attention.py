@@ -19,10 +19,9 @@ MODES = ("forward", "backward")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, eager_in_place_of_compile):
     monkeypatch.setattr(attention, "copies_past_cache", lambda _: 2)
     monkeypatch.setitem(SEQUENCES, "tiny", (17, 2, 16))
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -26,12 +26,6 @@ KINDS = [(op, mode) for op, modes in MODES.items() for mode in modes]
 EAGER, REFERENCE = Variant("eager"), Variant("erd-fast", "reference")
 
 
-@pytest.fixture
-def eager_in_place_of_compile(monkeypatch):
-    """Compiling takes ten seconds; what is compiled is the same function."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
 @pytest.fixture(autouse=True)
 def few_copies(monkeypatch):
     """128 MiB of inputs take a while to make."""

@@ -32,11 +32,6 @@ def gpu_dtypes(monkeypatch):
     monkeypatch.setattr(block_cases, "_dtypes", lambda device: (torch.float32, torch.bfloat16))
 
 
-@pytest.fixture
-def eager_in_place_of_compile(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
 def small(op: str, mode: str, *, uvit: bool = False) -> BlockOpCase:
     return BlockOpCase(op, mode, 2, 32, uvit)
 

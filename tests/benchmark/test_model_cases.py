@@ -15,11 +15,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 EAGER, OURS = Variant("eager"), Variant("erd-fast")
 
 
-@pytest.fixture
-def eager_in_place_of_compile(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
 @pytest.mark.parametrize("case", [ModelCase("DiT-tiny/8", 3), ModelCase("U-ViT-tiny", 3, block=True)], ids=str)
 def test_variants_agree_and_a_result_that_is_off_is_refused(case):
     workload = case.build(CPU)

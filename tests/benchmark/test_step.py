@@ -36,9 +36,7 @@ ON_CPU = [
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Compiling takes a minute; what is compiled is the same model."""
-    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+def small(monkeypatch, eager_in_place_of_compile):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(step_cases, "_STORED", 64)
     monkeypatch.setattr(step_ours, "_multiplies_bfloat16", lambda: True)
