@@ -218,7 +218,7 @@ def _empty(prediction: Tensor, target: Tensor, num_bins: int, compute_grad: bool
     return DiffusionLoss(empty(), empty(target.shape[0]), empty(num_bins), empty(num_bins), dprediction)
 
 
-def _gradient(dloss: Tensor, dprediction: Tensor, loss_scale: Tensor | None) -> dict[str, Tensor]:
+def _gradient(dloss: Tensor, dprediction: Tensor, loss_scale: Tensor | None, **_: Any) -> dict[str, Tensor]:
     return {"prediction": dprediction.float() * (dloss if loss_scale is None else dloss / loss_scale)}
 
 

@@ -113,8 +113,10 @@ def _installed(module: str) -> bool:
 
 
 @functools.cache
-def _cudnn_is_late() -> bool:
-    return torch.cuda.is_available() and cudnn_is_late(_cudnn_version(), torch.cuda.get_device_capability()[0])
+def _cudnn_priority() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    return int(cudnn_is_late(_cudnn_version(), torch.cuda.get_device_capability()[0]))
 
 
 def cudnn_is_late(version: int, major: int) -> bool:
@@ -172,7 +174,11 @@ def _efficient_rule(qkv: Tensor, num_heads: int) -> str | None:
 
 EXTERNAL: tuple[Backend, ...] = (
     External(
-        "cudnn", _sdpa_with(SDPBackend.CUDNN_ATTENTION), _cudnn_rule, _unavailable((8, 9, 10, 12)), late=_cudnn_is_late
+        "cudnn",
+        _sdpa_with(SDPBackend.CUDNN_ATTENTION),
+        _cudnn_rule,
+        _unavailable((8, 9, 10, 12)),
+        priority=_cudnn_priority,
     ),
     External("flash", _flash, _flash_rule, device=""),
     External(

@@ -5,7 +5,7 @@ import contextvars
 import functools
 import logging
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,19 @@ class Autotuner:
         """Median seconds of a call."""
         if device.type != "cuda":
             call()  # compiles and allocates
-            return statistics.median(_host_seconds(call) for _ in range(_ROUNDS))
+            return statistics.median(timeit.repeat(call, repeat=_ROUNDS, number=_CALLS)) / _CALLS
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream):
             call()
             repeat = _captured(call, stream) if self.captured else lambda: [call() for _ in range(_CALLS)]
-            found = statistics.median(_device_seconds(repeat, stream) for _ in range(_ROUNDS))
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return found
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
+            events[0].record()
+            for event in events[1:]:
+                repeat()
+                event.record()
+        stream.synchronize()
+        return statistics.median(map(torch.cuda.Event.elapsed_time, events, events[1:])) * 1e-3 / _CALLS
 
 
 @contextlib.contextmanager
@@ -127,8 +131,7 @@ def autotune(tuner: Autotuner | None = None) -> Iterator[Autotuner]:
         _active.reset(token)
 
 
-def active_autotuner() -> Autotuner | None:
-    return _active.get()
+active_autotuner = _active.get
 
 
 def signature(values: Iterable[Any]) -> str:
@@ -151,25 +154,9 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _host_seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    for _ in range(_CALLS):
-        call()
-    return (time.perf_counter() - began) / _CALLS
-
-
 def _captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             call()
     return graph.replay
-
-
-def _device_seconds(repeat: Callable[[], Any], stream: torch.cuda.Stream) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record(stream)
-    repeat()
-    end.record(stream)
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / _CALLS

@@ -34,6 +34,10 @@ class Backend:
         """Why no op can run on it on this machine."""
         return None
 
+    def priority(self) -> int:
+        """``auto`` tries lower ones first, and equal ones in the order of their declaration."""
+        return 0
+
     def why_not(self, device: torch.device, args: "Args") -> Reason | None:
         """Why it cannot run a call with these arguments, on tensors of ``device``, or its backward pass."""
         if self.device and self.device != device.type:
@@ -54,6 +58,9 @@ class Reference(Backend):
 
     def __init__(self) -> None:
         super().__init__("reference", "")
+
+    def priority(self) -> int:
+        return 2
 
     def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
         return direction.body(**args)
@@ -123,8 +130,7 @@ class External(Backend):
     """A differentiable function of another project; its autograd is its own.
 
     Attributes:
-        call: receives the arguments by name and returns the op's first output.
-        late: whether ``auto`` tries it after the others, in spite of its place among them.
+        call: receives the arguments by name and returns the op's first output; the others have defaults.
     """
 
     def __init__(
@@ -134,13 +140,16 @@ class External(Backend):
         rule: Callable[..., str | None] | None = None,
         unavailable: Callable[[], Reason | None] = lambda: None,
         device: str = "cuda",
-        late: Callable[[], bool] = lambda: False,
+        priority: Callable[[], int] = lambda: 0,
     ):
         super().__init__(name, device, rule)
-        self.call, self.late, self._unavailable = call, late, unavailable
+        self.call, self._priority, self._unavailable = call, priority, unavailable
 
     def unavailable(self) -> Reason | None:
         return self._unavailable()
 
+    def priority(self) -> int:
+        return self._priority()
+
     def run(self, direction: "Pass", device: torch.device, args: "Args") -> "Outputs":
-        return direction.outputs(self.call(**args))  # its other outputs have defaults
+        return direction.outputs(self.call(**args))

@@ -104,9 +104,9 @@ class Op:
     Args:
         backends: in the order in which ``auto`` tries them; the reference is added as the last.
         backward: the backward pass; without it, and without ``gradient``, the op has no gradient.
-        gradient: replaces the connection by names. It receives what its parameters name of arguments, outputs,
-            gradients of outputs (``dy``), ``backend``, and ``needs`` (the arguments that need a gradient), and returns
-            gradients by the name of the argument.
+        gradient: replaces the connection by names. It receives what its parameters name of arguments, outputs and
+            gradients of outputs (``dy``), and always ``backend`` and ``needs`` (the arguments that need a gradient),
+            and returns gradients by the name of the argument.
         timed: the fastest backend depends on the arguments: see :class:`~erd_fast.ops.core.autotune.Autotuner`.
         traced: PyTorch's function, which runs instead within torch.compile, on the meta device and under dispatch
             modes, unless a backend is requested.
@@ -180,12 +180,10 @@ class Op:
         try:
             return backend.run(direction, args[direction.leader].device, args)
         except Exception as error:
-            remedy = (
-                "" if backend.name == "reference" else f"; ERD_FAST_BACKEND={self.name}=reference selects PyTorch's"
-            )
-            error.add_note(
-                f"erd_fast: the {direction.name} pass of {self.name} failed on backend {backend.name}{remedy}"
-            )
+            note = f"erd_fast: the {direction.name} pass of {self.name} failed on backend {backend.name}"
+            if backend.name != "reference":
+                note += f"; ERD_FAST_BACKEND={self.name}=reference selects PyTorch's"
+            error.add_note(note)
             raise
 
     def choose(self, args: Args, call: Callable[[Backend], Any] | None = None) -> Backend:
@@ -229,10 +227,7 @@ class Op:
         """Backends that this machine has, in the order in which they are tried."""
         if not self._available:
             here = [backend for backend in self.backends.values() if backend.unavailable() is None]
-            here.sort(
-                key=lambda backend: (backend.name == "reference", isinstance(backend, External) and backend.late())
-            )
-            self._available = tuple(here)
+            self._available = tuple(sorted(here, key=lambda backend: backend.priority()))
         return self._available
 
     def device(self, args: Args) -> torch.device:
@@ -289,7 +284,6 @@ class _Gradient:
         self.tensors = [name for name in kept if name in (*forward.tensors, *forward.fields)]
         self.others = [name for name in kept if name not in self.tensors]
         self.constant = [name for name in forward.fields if f"d{name}" not in self.given]
-        self.also = [name for name in ("backend", "needs") if name in parameters]
 
     def save(self, ctx: Any, args: Args, outputs: Outputs, backend: str) -> None:
         values = dict(zip(self.op.forward.fields, outputs, strict=True)) | args
@@ -330,8 +324,7 @@ class _Gradient:
             named = {name[1:]: it for name, it in zip(op.backward.fields, found, strict=True)}  # type: ignore[union-attr]
         else:
             needs = [name for name, need in zip(names, needed, strict=True) if need]
-            also = {"backend": ctx.backend, "needs": needs}
-            named = self.function(**named, **{name: also[name] for name in self.also})
+            named = self.function(**named, backend=ctx.backend, needs=needs)
         return [named.get(name) if need else None for name, need in zip(names, needed, strict=True)]
 
     def backward_registered(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -50,5 +50,4 @@ def record(recording: Recording | None = None) -> Iterator[Recording]:
         _active.reset(token)
 
 
-def active_recording() -> Recording | None:
-    return _active.get()
+active_recording = _active.get
