@@ -30,7 +30,7 @@ LARGEST = 5_000_000  # bytes of the wheel
 # What an installation says of itself. `extension` loads the library; the functions to ask exist only then.
 LOOK = """
 import json, torch, triton, erd_fast
-from erd_fast.ops.backends import extension
+from erd_fast.ops.availability import extension
 compiled, reason = extension()
 ours = torch.ops._erd_fast_C
 print(json.dumps({
