@@ -16,7 +16,7 @@ from PIL import Image
 from erd_fast.autoencoder import Autoencoder
 from erd_fast.data import write_store
 from erd_fast.errors import ConfigError, RunError
-from erd_fast.ops.backends import absence
+from erd_fast.ops.availability import extension_unavailable
 from erd_fast.report import write_report
 from erd_fast.sampling.images import save
 from erd_fast.training import loop
@@ -282,7 +282,7 @@ def test_a_preview_that_does_not_fit_into_the_gpu_is_left_out(tmp_path, tiny, gi
 def test_plain_lines_tell_size_rate_and_time_left(tmp_path, tiny, capsys):
     train(tiny(), tmp_path / "run")
     head, *lines, last = capsys.readouterr().out.splitlines()
-    if absence("cpu"):
+    if extension_unavailable("cpu"):
         del lines[0]  # it says so
     assert "1797 samples, resident reader; batch 16, steps 0 to 6" in head and "fp32" in head
     assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
