@@ -1,12 +1,13 @@
 """Runs and kernels: what a run stores of its choices, and that kernels change numbers by their rounding alone."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 from erd_fast.errors import ConfigError
-from erd_fast.ops import OPS
+from erd_fast.ops import use_backend
 from erd_fast.training.loop import train
 from support.run_folders import terminate
 
@@ -37,6 +38,16 @@ def test_choices_of_another_device_are_made_again(tmp_path, tiny, at_step):
     assert json.loads(file.read_text()) == stored
 
 
+def test_a_requested_backend_reaches_the_thread_of_a_reader(tmp_path, tiny, caplog):
+    """The mmap reader draws ahead in a thread of its own, which kernels.json leaves out."""
+    with use_backend(draw="reference"), caplog.at_level("INFO", "erd_fast.ops"):
+        train(tiny(data={"loader": "mmap"}), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "kernels.json").read_text())["used"]["draw"] == "reference"
+    logged = {(line.threadName, *line.args) for line in caplog.records if line.msg == "%s runs on %s"}
+    ran = {(thread, backend) for thread, op, backend in logged if op == "draw"}
+    assert ran == {(threading.current_thread().name, "reference"), ("mmap-reader_0", "reference")}
+
+
 def test_a_deterministic_run_chooses_nothing_by_time(tmp_path, tiny):
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -60,7 +71,8 @@ def test_plain_pytorch_and_kernels_train_alike_and_may_take_turns(tmp_path, tiny
     losses = {}
     for name in (True, False):
         train(tiny(model={"kernels": name}), tmp_path / f"kernels-{name}")
-        assert (OPS["residual_ada_layer_norm"].used is None) == (name is False)
+        used = json.loads((tmp_path / f"kernels-{name}" / "kernels.json").read_text())["used"]
+        assert ("residual_ada_layer_norm" in used) == name
         losses[name] = [line["loss"] for line in training_lines(tmp_path / f"kernels-{name}")]
     at_step(3, terminate)
     with pytest.raises(SystemExit):
