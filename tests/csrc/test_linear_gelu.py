@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erd_fast.ops import OPS, gelu_mlp, linear_gelu
-from erd_fast.ops.linear_gelu import _backward_launch, _launch
+from erd_fast.ops import OPS, gelu_mlp, linear_gelu, use_backend
+from erd_fast.ops.core.backend import Extension
 from support.builds import ROOT, build, source
 from support.parity import SEEDS, gradients, hold, no_worse
 
@@ -149,17 +150,17 @@ def _nan(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _forward(built: Built, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     outputs = tuple(_nan(len(x), len(weight), dtype=x.dtype) for _ in range(2))
-    _launch(built.ops.linear_gelu_fwd, (x, weight, bias, "tanh"), outputs)
+    built.ops.linear_gelu_fwd(x, weight, bias, "tanh", *outputs)
     return outputs
 
 
 def _backward(
     built: Built, dy: Tensor, next_weight: Tensor | None, pre: Tensor, again: bool = True
 ) -> tuple[Tensor, ...]:
-    outputs = (_nan(*pre.shape, dtype=pre.dtype), _nan(pre.shape[1], dtype=torch.float32))
-    outputs = (*outputs, _nan(*(pre.shape if again else (0,)), dtype=pre.dtype))
-    _backward_launch(built.ops.linear_gelu_bwd, (dy, next_weight, pre, "tanh", again), outputs)
-    return outputs
+    dpre, activation = (_nan(*shape, dtype=pre.dtype) for shape in (pre.shape, pre.shape if again else (0,)))
+    dbias = _nan(pre.shape[1], dtype=torch.float32)
+    built.ops.linear_gelu_bwd(dy, next_weight, pre, "tanh", dpre, dbias, activation if again else None)
+    return dpre, dbias, activation
 
 
 def _plain_forward(*given: Tensor) -> tuple[Tensor, ...]:
@@ -215,15 +216,6 @@ def test_our_own_kernels_do_what_has_no_gemm(built, size, dtype):
     dactivation, _, pre = inputs(0)
     full, lean = (_backward(built, dactivation, None, pre, again) for again in (True, False))
     assert torch.equal(full[0], lean[0]) and torch.equal(full[1], lean[1]) and not lean[2].numel()
-    assert built.multiplications == before
-
-
-def test_a_next_layer_of_an_odd_width_is_multiplied_by_torch(built):
-    before = built.multiplications
-    shapes = ((37, 12), (12, 40), (37, 40))
-    names = ("dpre", "dbias", "activation")
-    hold(lambda *given: _backward(built, *given), _plain_backward, lambda seed: _drawn(seed, torch.bfloat16, *shapes),
-         names)  # fmt: skip
     assert built.multiplications == before
 
 
@@ -299,20 +291,46 @@ def test_arguments_that_would_read_elsewhere_are_refused(built, wrong, message):
         built.ops.linear_gelu_fwd(**{**right, **wrong})
 
 
+class Emulated(Extension):
+    """The backend "cuda" with emulated kernels, which take tensors of a CPU."""
+
+    def __init__(self, ops: Any):
+        super().__init__("cuda", OPS["linear_gelu"].backends["cuda"].rule)
+        self.device = "cpu"
+        self.kernels = {"forward": ops.linear_gelu_fwd.default, "backward": ops.linear_gelu_bwd.default}
+        self.ran: list[str] = []
+        self.failing = ""
+
+    def unavailable(self) -> None:
+        return None
+
+    def run(self, direction: Any, device: torch.device, args: dict[str, Any]) -> Any:
+        self.ran.append(direction.name)
+        if direction.name == self.failing:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return super().run(direction, device, args)
+
+    def _load(self, op: str, direction: str) -> tuple[Any, list[str]]:
+        kernel = self.kernels[direction]
+        return kernel, [argument.name for argument in kernel._schema.arguments]
+
+
 @pytest.fixture
-def through_cuda(built, monkeypatch) -> None:
+def through_cuda(built, monkeypatch) -> Iterator[Emulated]:
     """The op as it runs where there is a GPU."""
-    op = OPS["linear_gelu"]
-    monkeypatch.setattr(op, "choose", lambda *args, **how: "cuda")
-    kernels = {"forward": built.ops.linear_gelu_fwd, "backward": built.ops.linear_gelu_bwd}
-    monkeypatch.setattr(op, "_kernel", lambda backend, direction: kernels[direction.direction])
+    backend = Emulated(built.ops)
+    monkeypatch.setitem(OPS["linear_gelu"].backends, "cuda", backend)
+    with use_backend(linear_gelu="cuda"):
+        yield backend
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype):
+@pytest.mark.parametrize(("outputs", "products"), [(24, 2), (12, 1)], ids=["even", "odd"])
+def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype, outputs, products):
+    """A next layer of an odd width is multiplied by torch in the backward pass."""
     before = built.multiplications
-    shapes = ((2, 9, 16), (40, 16), (40,), (24, 40), (24,), (2, 9, 24))
+    shapes = ((2, 9, 16), (40, 16), (40,), (outputs, 40), (outputs,), (2, 9, outputs))
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
         *leaves, dy = _drawn(seed, dtype, *shapes)
@@ -327,22 +345,14 @@ def test_an_mlp_through_cuda_is_pytorchs(through_cuda, built, recompute, dtype):
         return gradients(call, (x, weight, bias, next_weight, next_bias), (dy,))
 
     hold(ours, plain, inputs, ("y", "dx", "dweight", "dbias", "dnext_weight", "dnext_bias"))
-    assert built.multiplications == before + 2 * SEEDS
+    assert built.multiplications == before + products * SEEDS
+    assert through_cuda.ran == ["forward", "backward"] * SEEDS
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_cuda, built, monkeypatch, fails):
+def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_cuda, fails):
     """Autograd runs backward passes of a GPU in a thread of its own."""
-    op, ran = OPS["linear_gelu"], []
-    kernel_of = op._kernel
-
-    def noted(backend: str, direction: Any) -> Any:
-        ran.append((backend, direction.direction))
-        if fails and direction is op.backward:
-            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
-        return kernel_of(backend, direction)
-
-    monkeypatch.setattr(op, "_kernel", noted)
+    through_cuda.failing = "backward" if fails else ""
     x, *parameters = _drawn(0, torch.float32, (9, 16), (40, 16), (40,), (24, 40), (24,))
     y = gelu_mlp(x.requires_grad_(), *parameters)
     with ThreadPoolExecutor(1) as pool:
@@ -350,13 +360,11 @@ def test_the_backward_pass_of_an_mlp_stays_on_its_backend_in_any_thread(through_
         if fails:
             with pytest.raises(RuntimeError, match="NOT_SUPPORTED") as caught:
                 gradient.result()
-            assert (
-                "linear_gelu failed on backend cuda; ERD_FAST_BACKEND=linear_gelu=reference"
-                in caught.value.__notes__[0]
-            )
+            remedy = "linear_gelu failed on backend cuda; ERD_FAST_BACKEND=linear_gelu=reference"
+            assert f"the backward pass of {remedy}" in caught.value.__notes__[0]
         else:
             assert gradient.result()[0].isfinite().all()
-    assert ran == [("cuda", "forward"), ("cuda", "backward")]
+    assert through_cuda.ran == ["forward", "backward"]
 
 
 def test_a_layer_through_cuda_is_pytorchs(through_cuda):
