@@ -1,6 +1,5 @@
 """attention: what is measured of it, and that all variants of a case compute the same."""
 
-import dataclasses
 import json
 
 import pytest
@@ -14,6 +13,7 @@ from erd_fast.benchmark.ops import bench_case, check, truth, variants_of
 from erd_fast.benchmark.workload import call_of, running
 from erd_fast.errors import RunError
 from erd_fast.ops import OPS
+from erd_fast.ops.core.backend import External
 
 CPU = torch.device("cpu")
 MODES = ("forward", "backward")
@@ -41,10 +41,9 @@ def test_variants_agree(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_backend_that_is_wrong_is_not_timed(mode, monkeypatch):
-    part = getattr(OPS["attention"], mode)
-    body = part.body
-    monkeypatch.setattr(part, "body", lambda *args: (1.001 * body(*args)[0], *body(*args)[1:]))
+def test_a_backend_that_is_wrong_is_not_timed(mode, make_wrong):
+    direction = getattr(OPS["attention"], mode)
+    make_wrong(direction, 1.001, direction.fields[0])
     with pytest.raises(RunError, match=f"attention tiny T=17 H=2 K=16 N=3 {mode}, reference: result 0 is"):
         list(bench_case(AttentionCase("tiny", 3, mode), CPU, 0.01))
 
@@ -52,14 +51,14 @@ def test_a_backend_that_is_wrong_is_not_timed(mode, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="backends of the CPU")
 @pytest.mark.parametrize("mode", MODES)
 def test_what_another_project_cannot_do_is_left_out(mode, monkeypatch, capsys):
-    flash = OPS["attention"].libraries["flash"]
+    flash = OPS["attention"].backends["flash"]
 
     def call(qkv, num_heads):
         if mode == "forward":
             raise AssertionError("head dimension 16 is not for this GPU")
-        return (1.01 * flash.call(qkv, num_heads)[0],)
+        return 1.01 * flash.call(qkv, num_heads)
 
-    monkeypatch.setitem(OPS["attention"].libraries, "flash", dataclasses.replace(flash, call=call))
+    monkeypatch.setitem(OPS["attention"].backends, "flash", External("flash", call, flash.rule, device=""))
     records = list(bench_case(AttentionCase("tiny", 3, mode), CPU, 0.01))
     assert [record.backend for record in records if record.variant == "erd-fast"] == ["reference"]
     assert "  flash does not run here and is left out: " in capsys.readouterr().err

@@ -89,9 +89,8 @@ def test_a_result_that_is_off_is_refused(op, mode):
 
 
 @pytest.mark.parametrize("op", BLOCK_OPS)
-def test_a_backend_whose_gradients_are_wrong_is_not_timed(op, monkeypatch, eager_in_place_of_compile):
-    body = OPS[op].backward.body
-    monkeypatch.setattr(OPS[op].backward, "body", lambda *args: tuple(1.01 * value for value in body(*args)))
+def test_a_backend_whose_gradients_are_wrong_is_not_timed(op, make_wrong, eager_in_place_of_compile):
+    make_wrong(OPS[op].backward, 1.01)
     with pytest.raises(RunError, match=f"ops/{op} .* backward, reference: result 0"):
         list(bench_case(small(op, "backward"), CPU, 0.01))
 
@@ -100,7 +99,7 @@ def test_a_backend_whose_gradients_are_wrong_is_not_timed(op, monkeypatch, eager
 def test_backward_is_timed_without_the_forward_pass(op, monkeypatch):
     forwards = []
     body = OPS[op].forward.body
-    monkeypatch.setattr(OPS[op].forward, "body", lambda *args: forwards.append(1) or body(*args))
+    monkeypatch.setattr(OPS[op].forward, "body", lambda **args: forwards.append(1) or body(**args))
     workload = small(op, "backward").build(CPU)
     variant = Variant("erd-fast", "reference")
     with running(workload, variant):

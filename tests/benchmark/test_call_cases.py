@@ -38,7 +38,7 @@ def test_the_command_records_ratios_with_their_limits(tmp_path, capsys, two_thre
     file = tmp_path / "calls.json"
     cli.main(["bench", "ops", "--filter", "calls", "--seconds", "0.01", "--json", str(file)])
     records = [record for record in json.loads(file.read_text())["records"] if record["group"] != "machine"]
-    has_kernel = OPS["q_sample"].refusal("cpu") is None
+    has_kernel = OPS["q_sample"].why_not("cpu") is None
     assert [(r["group"], r["variant"]) for r in records if r["group"] != "calls/q_sample" or has_kernel] == [
         (case.group, variant)
         for case in call_cases(CPU)
@@ -70,7 +70,7 @@ def test_calls_run_on_one_thread_which_is_restored(two_threads):
 def test_only_calls_with_gradient_make_a_graph(case):
     workload = case.build(CPU)
     for variant in (*map(Variant, case.baselines(CPU)), OURS):
-        if variant.name == "kernel" and OPS["q_sample"].refusal("cpu") is not None:
+        if variant.name == "kernel" and OPS["q_sample"].why_not("cpu") is not None:
             continue
         with running(workload, variant):
             results = call_of(workload, variant)(0)
