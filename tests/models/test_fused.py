@@ -1,9 +1,7 @@
 """Models by the fused ops against the same models in plain PyTorch: predictions, gradients, and what they keep."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,8 +11,7 @@ from torch.autograd import graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erd_fast.models import DiffusionModel, create_model, model_flops
-from erd_fast.ops import OPS, record, use_backend
-from erd_fast.ops.core.backend import Reference
+from erd_fast.ops import record, use_backend
 from erd_fast.ops.patchify import patchify, unpatchify
 from support.parity import no_worse
 
@@ -196,34 +193,6 @@ def test_named_backends_reach_the_ops_of_a_model():
         model(*batch(model))
     for op in ("ada_layer_norm", "residual_ada_layer_norm", "linear_gelu", "attention"):
         assert recording.backends[op] == ["reference"]
-
-
-class Counting(Reference):
-    """The reference under another name, which counts its runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name, self.runs = "cpu", Counter[str]()
-
-    def run(self, direction: Any, device: torch.device, args: dict[str, Any]) -> Any:
-        self.runs[direction.name] += 1
-        return super().run(direction, device, args)
-
-
-def test_what_is_recomputed_runs_on_the_backend_of_the_forward_pass_in_any_thread(monkeypatch):
-    """On a GPU autograd recomputes in a thread of its own, which has no use_backend."""
-    counting, names = Counting(), ("ada_layer_norm", "residual_ada_layer_norm")
-    for name in names:
-        OPS[name].available()  # what auto takes is settled before another backend joins
-        monkeypatch.setitem(OPS[name].backends, "cpu", counting)
-    model = make("DiT-tiny/2", recompute=True)
-    with record() as recording, use_backend(",".join(f"{name}=cpu" for name in names)):
-        y = model(*batch(model)).sum()
-    before = counting.runs["forward"]
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(y.backward).result()
-    assert counting.runs["forward"] > before and counting.runs["backward"] == before
-    assert all(recording.backends[name] == ["cpu"] for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.func.jvp's own

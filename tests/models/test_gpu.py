@@ -22,9 +22,9 @@ BFLOAT16 = 2.0**-8
 @pytest.fixture(params=CHOICES)
 def choice(request: pytest.FixtureRequest) -> str:
     for op, _, backend in (part.rpartition("=") for part in request.param.split(",")):
-        refusals = [OPS[name].why_not(backend) for name in ([op] if op else ("ada_layer_norm",)) if backend != "auto"]
-        if any(refusals):
-            pytest.skip(f"{refusals}")
+        reasons = [OPS[name].why_not(backend) for name in ([op] if op else ("ada_layer_norm",)) if backend != "auto"]
+        if any(reasons):
+            pytest.skip(f"{reasons}")
     return request.param
 
 

@@ -1,6 +1,7 @@
 """Runs and kernels: what a run stores of its choices, and that kernels change numbers by their rounding alone."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -26,14 +27,6 @@ def test_a_run_keeps_which_backends_it_took_and_goes_on_with_its_choices(tmp_pat
     assert kept["choices"]["attention"]["float32[2, 3]"] == "triton"
 
 
-def test_a_readers_thread_uses_the_backends_that_the_run_requests(tmp_path, tiny):
-    """The mmap reader draws in a thread of its own."""
-    with use_backend(draw="reference"):
-        train(tiny(data={"loader": "mmap"}), tmp_path / "run")
-    used = json.loads((tmp_path / "run" / "kernels.json").read_text())["used"]
-    assert used["draw"] == "reference"
-
-
 def test_choices_of_another_device_are_made_again(tmp_path, tiny, at_step):
     at_step(3, terminate)
     with pytest.raises(SystemExit):
@@ -43,6 +36,16 @@ def test_choices_of_another_device_are_made_again(tmp_path, tiny, at_step):
     file.write_text(json.dumps({**stored, "device": "another", "choices": {"attention": {"float32[2, 3]": "triton"}}}))
     train(tiny(), tmp_path / "run")
     assert json.loads(file.read_text()) == stored
+
+
+def test_a_requested_backend_reaches_the_thread_of_a_reader(tmp_path, tiny, caplog):
+    """The mmap reader draws ahead in a thread of its own, which kernels.json leaves out."""
+    with use_backend(draw="reference"), caplog.at_level("INFO", "erd_fast.ops"):
+        train(tiny(data={"loader": "mmap"}), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "kernels.json").read_text())["used"]["draw"] == "reference"
+    logged = {(line.threadName, *line.args) for line in caplog.records if line.msg == "%s runs on %s"}
+    ran = {(thread, backend) for thread, op, backend in logged if op == "draw"}
+    assert ran == {(threading.current_thread().name, "reference"), ("mmap-reader_0", "reference")}
 
 
 def test_a_deterministic_run_chooses_nothing_by_time(tmp_path, tiny):

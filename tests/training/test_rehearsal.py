@@ -9,6 +9,7 @@ from erd_fast.errors import ConfigError
 from erd_fast.ops import Autotuner, record
 from erd_fast.training.rehearsal import rehearse, too_large, write_choices
 
+CPU = torch.device("cpu")
 GIB = 2**30
 
 
@@ -21,26 +22,25 @@ def test_a_rehearsal_changes_nothing(tmp_path, make_step, tiny, digits):
         if rehearsed:
             assert rehearse(step, Autotuner(), tmp_path / "kernels.json") == 0  # bytes of a GPU
             assert all(parameter.grad is None for parameter in step.model.parameters())
-        batches = open_reader(digits, "resident", torch.device("cpu")).batches(step.plan, 0)
+        batches = open_reader(digits, "resident", CPU).batches(step.plan, 0)
         losses.append([step(batches).item() for _ in range(3)])
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", "another"])
-def test_stored_choices_are_adopted_only_on_the_same_device(tmp_path, make_step, tiny, digits, device):
-    from erd_fast.data import open_reader
-
-    file, step, tuner = tmp_path / "kernels.json", make_step(tiny()), Autotuner()
-    kept = {"attention": {"float32[1, 16, 96], 2": "flash"}}
-    file.write_text(json.dumps({"device": device, "choices": kept}))
-    rehearse(step, tuner, file)
-    assert tuner.choices(step.device) == (kept if device == "cpu" else {})
+def test_stored_choices_are_taken_on_the_same_device_alone(tmp_path, make_step, tiny):
+    file, step = tmp_path / "kernels.json", make_step(tiny())
+    for device, expected in (("another", None), ("cpu", "flash")):
+        file.write_text(json.dumps({"device": device, "choices": {"attention": {"some form": "flash"}}}))
+        tuner = Autotuner()
+        rehearse(step, tuner, file)
+        assert tuner.choices(CPU).get("attention", {}).get("some form") == expected
     with record() as recording:
-        step(open_reader(digits, "resident", step.device).batches(step.plan, 0))
+        step.rehearse(1)
+    tuner.left_out["attention: triton: some form"] = "too large"
     write_choices(step, tuner, recording, file)
     stored = json.loads(file.read_text())
-    assert stored["device"] == "cpu" and stored["choices"] == tuner.choices(step.device)
-    assert stored["used"] == recording.names() and "attention" in stored["used"]
+    assert stored["device"] == "cpu" and stored["used"]["attention"] and stored["choices"] == tuner.choices(CPU)
+    assert stored["used"] == recording.names() and stored["left_out"] == tuner.left_out
 
 
 @pytest.mark.parametrize("content", ["[]", '"x"', "3"])

@@ -1,4 +1,4 @@
-"""declare and backends: which backend runs, what is refused and why, and what torch's machinery makes of an op."""
+"""Op and its backends: which backend runs, what is refused and why, and what torch's machinery makes of an op."""
 
 import importlib
 import inspect
