@@ -52,19 +52,20 @@ _flash_on_gpu = _sdpa_with(SDPBackend.FLASH_ATTENTION)
 def _flash(qkv: Tensor, num_heads: int) -> Tensor:
     if not qkv.is_cpu:
         return _flash_on_gpu(qkv, num_heads)
-    # On a CPU torch selects it unasked, and asking takes longer than a small call. Its kernel returns 0 where all
-    # scores of a row are NaN, so that a diverged run would look like a sound one.
-    return sdpa(qkv, num_heads) if _is_finite(qkv) else _unfused(qkv, num_heads)
-
-
-def _is_finite(qkv: Tensor) -> bool:
-    """Whether all numbers are finite, by their sum; a sum that overflows counts as not. A trace has no numbers."""
-    return torch.compiler.is_compiling() or dispatched(qkv) or math.isfinite(qkv.detach().sum().item())
-
-
-def _unfused(qkv: Tensor, num_heads: int) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
+    if _scores_are_finite(qkv):  # torch selects it on a CPU by itself, and a request takes longer than a small call
         return sdpa(qkv, num_heads)
+    # PyTorch's functions return 0 where all scores of a row are NaN or -inf, which would hide that a run diverged.
+    from erd_fast.ops.attention import attention_reference  # which imports this module
+
+    return attention_reference(qkv, num_heads)
+
+
+def _scores_are_finite(qkv: Tensor) -> bool:
+    """Whether q k^T is finite for certain: by Cauchy and Schwarz it is at most the square of the norm of all numbers,
+    which PyTorch accumulates in float32. A trace has no numbers."""
+    if torch.compiler.is_compiling() or dispatched(qkv):
+        return True
+    return math.isfinite(torch.linalg.vector_norm(qkv.detach()).item())
 
 
 def _flash_attn(module: str, packed: bool = True) -> Callable[[Tensor, int], Tensor]:

@@ -327,6 +327,15 @@ def test_numbers_that_are_not_finite_give_nan_where_the_reference_does(part, bad
 
 
 @ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_scores_that_overflow_give_nan_where_the_reference_does(tokens, dtype):
+    qkv = drawn(0, dtype, (2, tokens, 1, 16))[0].detach().clone()
+    qkv[1, :, :16], qkv[1, :, 16:32] = 1e20, -1e20
+    assert attention(qkv, 1).isnan().flatten(1).all(1).tolist() == [False, True]
+
+
+@ON_CPU
 @pytest.mark.parametrize("stored", [False, True])
 def test_an_external_backend_that_fails_raises_and_the_remedy_is_named(another, stored):
     def broken(qkv: Tensor, num_heads: int) -> Tensor:
