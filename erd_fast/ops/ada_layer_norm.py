@@ -49,13 +49,19 @@ def ada_layer_norm(
 
 
 def ada_layer_norm_reference(
-    x: Tensor, shift: Tensor, scale: Tensor, *, offset: float, eps: float, dtype: torch.dtype
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    offset: float = 1.0,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The definition: (offset + scale) xhat + shift, in float32 or wider. ``offset`` is 1 for a modulation, 0 where
-    ``scale`` is a LayerNorm's weight."""
+    ``scale`` is a LayerNorm's weight; ``dtype`` None is x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     normal = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
-    return (normal * (offset + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype)
+    return (normal * (offset + scale.to(wide))[:, None] + shift.to(wide)[:, None]).to(dtype or x.dtype)
 
 
 def check_tokens(op: str, argument: str, x: Tensor) -> None:

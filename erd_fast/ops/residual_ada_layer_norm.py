@@ -132,9 +132,9 @@ def residual_ada_layer_norm_reference(
     shift: Tensor,
     scale: Tensor,
     *,
-    offset: float,
-    eps: float,
-    dtype: torch.dtype,
+    offset: float = 1.0,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in float32 or wider; y is that of the rounded x'."""
     x_out = _joined(x, branch, gate)
