@@ -1,7 +1,6 @@
 """Attention functions of PyTorch and flash-attention as backends of :mod:`erd_fast.ops.attention`."""
 
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -22,8 +21,7 @@ _CUDNN_READS_BEYOND = 91500  # up to this version it reads past the last token w
 def sdpa(qkv: Tensor, num_heads: int) -> Tensor:
     """PyTorch's function, (N, T, 3 D) to (N, T, D). q, k and v are views; their gradients are stacked where dqkv has
     them, which is one copy."""
-    n, t, row = qkv.shape
-    heads = qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
+    heads = _heads(qkv, num_heads)
     if heads.requires_grad:
         q, k, v = heads.unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -68,20 +66,34 @@ def _scores_are_finite(qkv: Tensor) -> bool:
     return math.isfinite(torch.linalg.vector_norm(qkv.detach()).item())
 
 
-def _flash_attn(module: str, packed: bool = True) -> Callable[[Tensor, int], Tensor]:
-    """A version of flash-attention, which takes (N, T, 3, H, K), or q, k and v of (N, T, H, K)."""
+def _flash_attn_2(qkv: Tensor, num_heads: int) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
 
-    def call(qkv: Tensor, num_heads: int) -> Tensor:
-        n, t, row = qkv.shape
-        heads = qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
-        functions, deterministic = importlib.import_module(module), _deterministic()
-        if packed:
-            found = functions.flash_attn_qkvpacked_func(heads, deterministic=deterministic)
-        else:
-            found = functions.flash_attn_func(*heads.unbind(2), deterministic=deterministic)
-        return (found[0] if isinstance(found, tuple) else found).flatten(2)  # some versions return lse too
+    out: Tensor = flash_attn_qkvpacked_func(_heads(qkv, num_heads), deterministic=_deterministic())
+    return out.flatten(2)
 
-    return call
+
+def _flash_attn_3(qkv: Tensor, num_heads: int) -> Tensor:
+    from flash_attn_interface import flash_attn_qkvpacked_func
+
+    found = flash_attn_qkvpacked_func(_heads(qkv, num_heads), deterministic=_deterministic())
+    out: Tensor = found[0] if isinstance(found, tuple) else found  # some versions return lse too
+    return out.flatten(2)
+
+
+def _flash_attn_4(qkv: Tensor, num_heads: int) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    heads = _heads(qkv, num_heads)
+    found = flash_attn_func(*heads.unbind(2), deterministic=_deterministic())
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out.flatten(2)
+
+
+def _heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """(N, T, 3, H, K), a view."""
+    n, t, row = qkv.shape
+    return qkv.view(n, t, 3, num_heads, row // (3 * num_heads))
 
 
 def _deterministic() -> bool:
@@ -184,19 +196,19 @@ EXTERNAL: tuple[Backend, ...] = (
     External("flash", _flash, _flash_rule, device=""),
     External(
         "flash-attn-3",
-        _flash_attn("flash_attn_interface"),
+        _flash_attn_3,
         _halves_rule,
         _unavailable((9,), "flash_attn_interface", "pip install . in hopper/ of github.com/Dao-AILab/flash-attention"),
     ),
     External(
         "flash-attn-2",
-        _flash_attn("flash_attn"),
+        _flash_attn_2,
         _halves_rule,
         _unavailable((8, 9, 10, 12), "flash_attn_2_cuda", "pip install flash-attn --no-build-isolation"),
     ),
     External(
         "flash-attn-4",
-        _flash_attn("flash_attn.cute", packed=False),
+        _flash_attn_4,
         _halves_rule,
         _unavailable((9, 10), "flash_attn.cute", "pip install flash-attn-4"),
     ),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from erd_fast.errors import ConfigError
 from erd_fast.numerics import is_out_of_memory
+from erd_fast.ops.core.recording import active_recording, record
 
 if TYPE_CHECKING:
     from erd_fast.ops.core.backend import Backend
@@ -68,7 +69,7 @@ class Autotuner:
         values = [(it.shape, it.dtype, it.requires_grad) if isinstance(it, Tensor) else it for it in args.values()]
         key = (op.name, device, grad, *values)
         if key not in self._found:
-            if capturing(device):
+            if capturing(device) or ((recording := active_recording()) and recording.dry):
                 return self.known(op, args)
             self._found[key] = self.known(op, args) or self._timed(op, args, call or op.timed_call(args))
         return self._found[key]
@@ -87,7 +88,8 @@ class Autotuner:
         device, seconds = op.device(args), dict[str, float]()
         for backend in backends:
             try:
-                seconds[backend.name] = self._seconds(functools.partial(call, backend), device)
+                with record():  # what is tried is not what the caller ran
+                    seconds[backend.name] = self._seconds(functools.partial(call, backend), device)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

@@ -27,7 +27,7 @@ from erd_fast.ops.availability import Reason
 from erd_fast.ops.core.autotune import active_autotuner
 from erd_fast.ops.core.backend import Backend, External, Reference
 from erd_fast.ops.core.recording import active_recording
-from erd_fast.ops.core.selection import OPS, available, requested, requested_while_tracing
+from erd_fast.ops.core.selection import OPS, available, check_request, requested, requested_while_tracing, usable
 
 Args = dict[str, Any]
 """The arguments of a pass by name."""
@@ -76,9 +76,11 @@ class Pass:
         self.op, self.name, self.symbol = op.name, name, f"{op.name}_{name[0]}wd"
 
         def run(*values: Any) -> Any:
-            args = self.by_name(values)
-            backend = op.require(values[-1], args) if name == "forward" else op.backends[values[-1]]
-            return self.flat(op.run(self, backend, args))
+            args, backend = self.by_name(values), values[-1]
+            if name == "forward":
+                op.require(backend, args)
+                check_request(op.name, backend)
+            return self.flat(op.run(self, op.backends[backend], args))
 
         self.registered = torch.library.custom_op(
             f"erd_fast::{self.symbol}", run, mutates_args=self.mutates, schema=self.schema
@@ -218,7 +220,7 @@ class Op:
 
     def candidates(self, args: Args) -> Iterator[Backend]:
         """Backends that can run these arguments, in the order in which they are tried; the last is the reference."""
-        device = args[self.forward.leader].device
+        device = self.device(args)
         for backend in self.available():
             if backend.why_not(device, args) is None:
                 yield backend
@@ -237,10 +239,10 @@ class Op:
         """A call in which torch's dispatcher has a part besides autograd, or that torch.compile traces."""
         name = requested_while_tracing(self.name) if tracing else requested(self.name)
         external = self.traced if name is None else self.backends.get(name)
-        if isinstance(external, External):
-            if tracing:
-                return self.forward.outputs(external.call(**args))
+        if isinstance(external, External) and not tracing:
             return self.run(self.forward, external if name is None else self.require(name, args), args)
+        if isinstance(external, External) and (name is None or usable(self.name, name)):
+            return self.forward.outputs(external.call(**args))
         values = [args[argument] for argument in self.forward.names]
         return self.forward.named(self._choice(*values, name or available(self.name)))
 
@@ -339,7 +341,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, args: Args, *tensors: Tensor | None) -> Any:
-        """``tensors`` are those of ``args``, where autograd sees them."""
+        """``tensors`` are those of ``args``, as autograd and tracers see them."""
+        args = args | dict(zip(op.forward.tensors, tensors, strict=True))
         outputs = op.run(op.forward, backend, args)
         assert op.gradient is not None
         op.gradient.save(ctx, args, outputs, backend.name)
@@ -362,6 +365,11 @@ def reference_needed(*tensors: Tensor | None) -> bool:
     differentiation, or where one of ``tensors`` needs a gradient that the op does not give."""
     if any(tensor is not None and tensor.requires_grad for tensor in tensors) and torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
-        return False
+    return _transformed()
+
+
+def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile guards transforms by itself

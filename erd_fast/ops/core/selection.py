@@ -46,22 +46,23 @@ def use_backend(choice: str = "", **ops: str) -> Iterator[None]:
     ``use_backend(q_sample="cpu", draw="reference")`` or ``use_backend("q_sample=cpu,draw=reference")`` for single ones.
 
     The block's choice overrides that of ``ERD_FAST_BACKEND``, which is read when ops are imported; ``auto`` is a name
-    too. A backward pass runs on the
-    backend of its forward pass in any thread. A forward pass that torch.utils.checkpoint recomputes on a GPU runs in a
-    thread of autograd, which sees the variable but not the block; ``context_fn`` of checkpoint can enter it there.
+    too. A backward pass runs on the backend of its forward pass in any thread. A forward pass that
+    torch.utils.checkpoint recomputes on a GPU runs in a thread of autograd, which sees the variable but not the block;
+    ``context_fn`` of checkpoint can enter it there. Eager code sees the block in a copied context too, compiled code
+    only in the thread that entered it, and raises elsewhere.
 
     Raises:
         ConfigError: unknown backend or op.
     """
     text = ",".join(filter(None, (choice, *(f"{op}={backend}" for op, backend in ops.items()))))
     _parsed(text, "use_backend")
-    token, before = _request.set(text), _traced.request
+    token = _request.set(text)
     _traced.request = text
     try:
         yield
     finally:
         _request.reset(token)
-        _traced.request = before
+        _traced.request = _request.get()
 
 
 def requested(op: str) -> str | None:
@@ -82,6 +83,21 @@ def _requested(text: str, op: str) -> str | None:
     return None if named == "auto" else named
 
 
+def check_request(op: str, backend: str) -> None:
+    """Raise ConfigError if a graph was compiled for another backend than the one that is requested where it runs."""
+    name = requested(op)
+    if name not in (None, backend):
+        raise ConfigError(
+            f"{op}: compiled code runs it on {backend}, but {name} is requested by a use_backend that another thread "
+            f"entered; enter it in the thread that calls the compiled function"
+        )
+
+
+def usable(op: str, backend: str) -> bool:
+    """Whether this machine has the backend."""
+    return OPS[op].why_not(backend) is None
+
+
 def available(op: str) -> str:
     """Names of our backends for ``op`` that this machine has, first the one that ``auto`` tries first, with commas."""
     return ",".join(backend.name for backend in OPS[op].available() if backend.name in BACKENDS)
@@ -89,6 +105,7 @@ def available(op: str) -> str:
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler to do so. The text is guarded.
 _requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -61,7 +61,7 @@ class Kernels(Backend):
         return outputs
 
 
-def external(name: str, seconds: float = 0.0, reason: Reason | None = None, late: bool = False) -> External:
+def external(name: str, seconds: float = 0.0, reason: Reason | None = None, priority: int = 0) -> External:
     def call(x: Tensor, factor: float) -> Tensor:
         CALLS.append(name)
         time.sleep(seconds)
@@ -69,7 +69,7 @@ def external(name: str, seconds: float = 0.0, reason: Reason | None = None, late
             raise RuntimeError("head dimension 72 is too large")
         return factor * x
 
-    return External(name, call, unavailable=lambda: reason, device="", late=lambda: late)
+    return External(name, call, unavailable=lambda: reason, device="", priority=lambda: priority)
 
 
 def toy(name: str, *backends: Backend, timed: bool = False) -> Op:
@@ -79,7 +79,7 @@ def toy(name: str, *backends: Backend, timed: bool = False) -> Op:
 @pytest.fixture(scope="module")
 def ops() -> Iterator[None]:
     gone = external("gone", reason=Reason("it is not installed", "install it"))
-    toy("toy_timed", external("last", 4e-3, late=True), gone, external("slow", 2e-3), external("quick"), timed=True)
+    toy("toy_timed", external("last", 4e-3, priority=1), gone, external("slow", 2e-3), external("quick"), timed=True)
     toy("toy_own", Kernels("cpu", "cpu", lambda x, factor: "it takes up to 8 numbers" if len(x) > 8 else None))
     yield
     del OPS["toy_timed"], OPS["toy_own"]
