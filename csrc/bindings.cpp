@@ -255,7 +255,8 @@ void diffusion_loss_fwd(const Tensor& prediction, const Tensor& target, const Te
     a.width = target.size(3);
     a.patch = patch;
     a.predicted_channels = patch ? prediction.size(2) / (patch * patch) : prediction.size(1);
-    int64_t plane = a.height * a.width, predicted_size = a.predicted_channels * plane;
+    // With fewer channels than the target, the prediction has too few elements.
+    int64_t plane = a.height * a.width, predicted_size = std::max(a.predicted_channels, a.channels) * plane;
     a.steps = t_index ? weight.numel() : a.count;
     a.num_bins = bin_sum.numel();
     call.check_32_bits({a.count, a.channels * plane, predicted_size, a.num_bins});

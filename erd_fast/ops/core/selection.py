@@ -139,7 +139,7 @@ def explain(function: str, *args: Any, **how: Any) -> str:
     with record(Recording(dry=True)) as dry:
         getattr(importlib.import_module("erd_fast.ops"), function)(*args, **how)
     if not dry.calls:
-        return f"{function} takes its differentiable reference: the call is inside a transform, or needs a gradient"
+        return f"{function} takes its differentiable reference: the call is traced, transformed, or needs a gradient"
     return "\n".join(_explanation(OPS[name], backend, call) for name, backend, call in dry.calls)
 
 
@@ -147,10 +147,10 @@ def _explanation(op: "Op", chosen: str, args: dict[str, Any] | None) -> str:
     tuner = active_autotuner() if op.timed and args else None
     why = "the first that can run"
     if requested(op.name):
-        why = "requested"
+        why = "requested" if op.why_not(chosen, args) is None else "requested, and raises"
     elif op.traced is not None and chosen == op.traced.name:
         why = "PyTorch's own function, on the meta device and under dispatch modes"
-    elif tuner is not None and args and tuner.known(op, args):
+    elif tuner is not None and args and tuner.known(op, args) == chosen:
         why = "the fastest of those timed"
     reasons = [f"  {name}: {op.why_not(name, args) or 'can run'}" for name in dict.fromkeys((*op.backends, *BACKENDS))]
     return "\n".join([f"{op.name} takes {chosen}, {why}", *reasons])

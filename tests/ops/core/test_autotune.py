@@ -1,6 +1,7 @@
 """Which backend runs forward and backward, what is timed, what fails: on a toy op, y = factor x, with backends of its
 own."""
 
+import asyncio
 import contextvars
 import threading
 import time
@@ -277,6 +278,46 @@ def test_a_recording_has_what_ran_in_threads_too():
         in_a_thread(lambda: context.run(toy_own(compiled=False), x))
     toy_own(compiled=False)(x)
     assert recording.backends == {"toy_own": ["cpu", "reference"]}
+
+
+def test_a_recording_leaves_out_what_was_timed():
+    x = torch.ones(3)
+    with autotune(), record() as recording:
+        timed(x)
+    assert recording.backends == {"toy_timed": ["quick"]} and {"slow", "last"} < set(CALLS)
+
+
+def test_explaining_times_nothing():
+    x = torch.ones(3, requires_grad=True)
+    with autotune() as tuner, record(Recording(dry=True)):
+        timed(x)
+    assert not CALLS and not tuner.choices(CPU) and not tuner.left_out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_compiled_code_raises_where_another_backend_is_requested():
+    """In a copied context: torch.compile sees only what its own thread entered."""
+    torch.compiler.reset()
+    x, function = torch.ones(3), toy_own(compiled=True)
+    function(x)
+    with use_backend(toy_own="reference"):
+        copied = contextvars.copy_context()
+        assert function(x).y.tolist() == [2, 2, 2] and CALLS[-1] == "forward reference"
+    with pytest.raises(ConfigError, match="toy_own: compiled code runs it on cpu, but reference is requested"):
+        in_a_thread(lambda: copied.run(function, x))
+
+
+def test_blocks_of_tasks_that_overlap_leave_nothing_behind():
+    async def task(backend: str, seconds: float) -> None:
+        with use_backend(toy_own=backend):
+            await asyncio.sleep(seconds)
+
+    async def both() -> None:
+        await asyncio.gather(task("cpu", 0.01), task("reference", 0.02))
+
+    asyncio.run(both())
+    toy_own(compiled=True)(torch.ones(3))
+    assert [*CALLS] == ["forward"]
 
 
 def test_a_dry_recording_runs_nothing():

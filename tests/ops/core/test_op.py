@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -177,6 +178,54 @@ thread.start() if "{way}" == "thread" else calls()
 def test_unknown_names_suggest_the_nearest(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)), use_backend(text):
         pass
+
+
+MODULATION, HIDDEN = torch.randn(3, 8, generator=GENERATOR).unbind(), torch.randn(24, 8, generator=GENERATOR)
+TOKENS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ada_layer_norm": lambda x: ada_layer_norm(x, *[row.expand(2, 8) for row in MODULATION[:2]]),
+    "residual_ada_layer_norm": lambda x: torch.cat(
+        ops.residual_ada_layer_norm(x, 2 * x, *[row.expand(2, 8) for row in MODULATION])
+    ),
+    "attention": lambda x: ops.attention(torch.cat([x, x, x], -1), 2),
+    "linear_gelu": lambda x: ops.linear_gelu(x, HIDDEN, HIDDEN[:, 0]),
+    "gelu_mlp": lambda x: ops.gelu_mlp(x, HIDDEN, HIDDEN[:, 0], HIDDEN.t().contiguous(), HIDDEN[0]),
+}
+TRANSFORMS: dict[str, Callable[..., torch.Tensor]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda it: f(it).square().sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, -x])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", TOKENS)
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own modules
+def test_compiled_transforms_are_those_of_eager_code(op, transform):
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return TRANSFORMS[transform](TOKENS[op], x)
+
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    torch.compiler.reset()
+    found = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    assert found.any() and torch.allclose(found, function(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", TOKENS)
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+def test_a_trace_computes_from_its_own_input(op):
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    traced = torch.jit.trace(TOKENS[op], (x.clone().requires_grad_(),), check_trace=False)
+    other = (x + 1).requires_grad_()
+    assert torch.equal(traced(other), TOKENS[op](other))
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash-attn-2"])
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own modules
+@NO_GPU
+def test_compiled_code_raises_for_an_external_backend_that_is_unavailable(backend):
+    compiled = torch.compile(lambda x: ops.attention(x, 2), backend="aot_eager", fullgraph=True)
+    with use_backend(attention=backend), pytest.raises(BackendUnavailableError, match="no CUDA device"):
+        compiled(torch.randn(2, 5, 24))
 
 
 def test_an_unknown_name_in_the_variable_raises_at_the_first_call():
