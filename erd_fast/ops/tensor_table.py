@@ -205,7 +205,7 @@ def check_plain(given: str, tensor: Tensor | None) -> None:
     """Raise ValueError unless ``tensor`` is a plain dense one; ``given`` is the op and the argument."""
     sparse = isinstance(tensor, Tensor) and tensor.layout != torch.strided
     if sparse or type(tensor) not in _PLAIN:
-        kind = tensor.layout if sparse else type(tensor).__name__  # type: ignore[union-attr]
+        kind = f"{tensor.layout} (of an embedding with sparse=True?)" if sparse else type(tensor).__name__  # type: ignore[union-attr]
         raise ValueError(f"{given} must be a plain dense tensor, got {kind}")
 
 
