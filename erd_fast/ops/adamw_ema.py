@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from erd_fast.ops.core.backend import Extension, Triton
 from erd_fast.ops.core.op import Op, Pass
@@ -141,6 +142,10 @@ def adamw_ema(
         **state._asdict(),
         **lists._asdict(),
     )
+    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        # Kernels write by address. Without this a graph that saved a parameter would use its new value, silently.
+        changed = (*lists.parameters, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.copies, *lists.emas)
+        increment_version((*state, *changed))
 
 
 def advance_reference(settings: Tensor, norm: Tensor, growth_interval: int, state: StepState) -> None:

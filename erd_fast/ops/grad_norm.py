@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erd_fast.ops.checks import check_dense, check_device
+from erd_fast.ops.checks import check_device
 from erd_fast.ops.core.backend import Extension, Triton
-from erd_fast.ops.core.op import Op, Pass
-from erd_fast.ops.tensor_table import CHUNK, FORMATS, Column, Slot, TensorTable
+from erd_fast.ops.core.op import Op, Pass, reference_needed
+from erd_fast.ops.tensor_table import CHUNK, FORMATS, Column, Slot, TensorTable, check_floating, check_plain
 
 
 def grad_norm(gradients: Sequence[Tensor], table: TensorTable | None = None) -> Tensor:
@@ -28,18 +28,22 @@ def grad_norm(gradients: Sequence[Tensor], table: TensorTable | None = None) -> 
         () float32 (float64 if a gradient is), on the device of the gradients; 0 for none.
 
     Raises:
-        ValueError: gradients are on several devices, or not dense, or the table is of others.
+        ValueError: gradients are on several devices, not dense, or not floating point, or the table is of others.
 
     Reads each gradient once: 2 or 4 bytes an element.
     """
     if not gradients:
         return torch.zeros(())
     if table is None:
-        check_device("grad_norm", **{f"gradients[{number}]": gradient for number, gradient in enumerate(gradients)})
         for number, gradient in enumerate(gradients):
-            check_dense("grad_norm", f"gradients[{number}]", gradient)
+            check_plain(f"grad_norm: gradients[{number}]", gradient)
+            check_floating(f"grad_norm: gradients[{number}]", gradient)
+        check_device("grad_norm", **{f"gradients[{number}]": gradient for number, gradient in enumerate(gradients)})
+    if reference_needed(*gradients):
+        return grad_norm_reference(gradients)
+    if table is None:
         table = TensorTable(gradients[0].device)
-        table.update([Slot(gradient) for gradient in gradients])
+        table.update([Slot(gradient) for gradient in gradients], "grad_norm")
     else:
         table.check("grad_norm", Column.GRADIENT, gradients)
     return _op(rows=table.rows, places=table.places, chunk=CHUNK, gradients=list(gradients)).norm

@@ -7,6 +7,7 @@ DistributedDataParallel and modules of other projects are one case. Address 0 is
 
 import enum
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ MOST_EMAS = 4
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtypes that kernels take of gradients and copies; the rest is float32."""
 _ALIGNMENT = 16
+_PLAIN = {Tensor, nn.Parameter}
+_LAYOUT = attrgetter("layout")
+_READ = (Tensor.data_ptr, attrgetter("shape"), Tensor.stride, attrgetter("dtype"), Tensor.is_neg)
+_Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
 
 
 class Column(enum.IntEnum):
@@ -59,24 +64,32 @@ class Slot(NamedTuple):
         yield from zip(self._fields[:5], self[:5], strict=True)
         yield from ((f"emas[{index}]", ema) for index, ema in enumerate(self.emas))
 
-    def check(self, number: int) -> None:
-        """Raise ValueError unless the tensors are dense and have one shape, strides and device, and all but gradient
-        and copy one dtype: kernels take the gradient's size for all of them."""
+    def check(self, op: str, number: int) -> None:
+        """Raise ValueError unless the tensors are dense and have one shape, strides and device, gradient and copy a
+        dtype of floating point, and the rest one dtype: kernels take the gradient's size for all of them."""
         first, dtype = self.gradient, None
         for name, tensor in self.named():
             if tensor is None:
                 continue
-            given = f"adamw_ema: slots[{number}].{name}"
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-                kind = type(tensor).__name__ if tensor.layout == torch.strided else tensor.layout
-                raise ValueError(f"{given} must be a plain dense tensor, got {kind}")
-            check_dense("adamw_ema", f"slots[{number}].{name}", tensor)
+            argument = f"gradients[{number}]" if op == "grad_norm" else f"slots[{number}].{name}"
+            given = f"{op}: {argument}"
+            check_plain(given, tensor)
+            if tensor.is_neg():  # read by its address it would have the other sign
+                raise ValueError(f"{given} must be a tensor without the negative bit, got one with it; use resolve_neg")
+            if tensor.numel() and not tensor.data_ptr() and not tensor.is_meta:
+                raise ValueError(f"{given} must have memory, got a tensor without")
+            check_dense(op, argument, tensor)
             if (tensor.shape, tensor.stride(), tensor.device) != (first.shape, first.stride(), first.device):
                 raise ValueError(
                     f"{given} must have shape {tuple(first.shape)}, strides {first.stride()} and device {first.device} "
                     f"as its gradient, got {tuple(tensor.shape)}, {tensor.stride()} and {tensor.device}"
                 )
-            if name in ("gradient", "copy"):
+            if name == "gradient":
+                check_floating(given, tensor)
+                continue
+            if name == "copy":
+                if tensor.dtype not in FORMATS:
+                    raise ValueError(f"{given} must be one of {', '.join(map(str, FORMATS))}, got {tensor.dtype}")
                 continue
             dtype = dtype or (torch.float64 if tensor.dtype == torch.float64 else torch.float32)
             if tensor.dtype != dtype:
@@ -109,7 +122,11 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, slots: Sequence[Slot]) -> "Slots":
-        """Raises ValueError where some slots have other averages than the rest, or too many."""
+        """Raises ValueError where a slot has no parameter or moment, other averages than the rest, or too many."""
+        for number, slot in enumerate(slots):
+            for name in ("parameter", "exp_avg", "exp_avg_sq"):
+                if getattr(slot, name) is None:
+                    raise ValueError(f"adamw_ema: slots[{number}].{name} must be a tensor, got None")
         counts = sorted({len(slot.emas) for slot in slots})
         if len(counts) > 1 or counts[-1] > MOST_EMAS:
             raise ValueError(f"adamw_ema: slots: given {counts} averages, allowed 0 to {MOST_EMAS}, as many for each")
@@ -136,20 +153,26 @@ class TensorTable:
         self._device = device
         self._sizes: list[int] = []
         self._rows: list[list[int]] = []
+        self._identities: list[list[_Identity]] = []
         self._pending = False
         self.rows = torch.zeros((0, COLUMNS), dtype=torch.int64, device=device)
         self.places = torch.zeros((0, 2), dtype=torch.int32, device=device)
 
-    def update(self, slots: Sequence[Slot]) -> None:
+    def update(self, slots: Sequence[Slot], op: str = "adamw_ema") -> None:
         """Describe these slots; nothing is copied if that is what the table has. Within a capture of a CUDA graph the
         addresses are noted and :meth:`upload` must follow it.
 
         Raises:
-            ValueError: the tensors of a slot do not go together, see :meth:`Slot.check`.
+            ValueError: the tensors of a slot do not go together, see :meth:`Slot.check`, or are on another device than
+                the table; the message names ``op``.
         """
         for number, slot in enumerate(slots):
-            slot.check(number)
+            slot.check(op, number)
+            if (device := slot.gradient.device) != self.rows.device:
+                raise ValueError(f"{op}: gradients[{number}] must be on {self.rows.device} as the table, got {device}")
         rows = [slot.row() for slot in slots]
+        none = torch.empty(0, dtype=torch.float32)  # as in Slots
+        self._identities = [_identities([none if it is None else it for _, it in slot.named()]) for slot in slots]
         if rows == self._rows:
             return
         sizes = [row[Column.NUMEL] for row in rows]
@@ -162,13 +185,13 @@ class TensorTable:
         self.upload()
 
     def check(self, op: str, column: Column, tensors: Sequence[Tensor], step: int = 1) -> None:
-        """Raise ValueError unless ``column``, and those after it up to ``step``, have the addresses and sizes of
-        ``tensors``. Kernels read the table; so nothing else keeps them from memory that was freed or never theirs."""
+        """Raise ValueError unless ``tensors`` have the addresses, shapes, strides, dtypes and signs of ``column`` and
+        those after it up to ``step``. Kernels read the table, and nothing else keeps them from memory that was freed or
+        has another dtype or order. Tensors of a trace, which have no memory, are not checked."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return  # tensors without memory
-        found = [(row[column + offset], row[Column.NUMEL]) for row in self._rows for offset in range(step)]
-        given = [(t.data_ptr(), t.numel()) if t.numel() else (0, n) for t, (_, n) in zip(tensors, found, strict=False)]
-        if len(found) != len(tensors) or found != given:
+            return
+        found = [it for row in self._identities for it in row[column : column + step]]
+        if found != _identities(tensors):
             raise ValueError(f"{op}: table must be that of these tensors, got one with other {column.name.lower()}s")
 
     def upload(self) -> None:
@@ -176,6 +199,28 @@ class TensorTable:
         if self._pending and not capturing(self._device):
             self.rows.copy_(torch.tensor(self._rows, dtype=torch.int64).view(-1, COLUMNS))
             self._pending = False
+
+
+def check_plain(given: str, tensor: Tensor | None) -> None:
+    """Raise ValueError unless ``tensor`` is a plain dense one; ``given`` is the op and the argument."""
+    sparse = isinstance(tensor, Tensor) and tensor.layout != torch.strided
+    if sparse or type(tensor) not in _PLAIN:
+        kind = f"{tensor.layout} (of an embedding with sparse=True?)" if sparse else type(tensor).__name__  # type: ignore[union-attr]
+        raise ValueError(f"{given} must be a plain dense tensor, got {kind}")
+
+
+def check_floating(given: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is of floating point."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{given} must be floating point, got {tensor.dtype}")
+
+
+def _identities(tensors: Sequence[Tensor]) -> list[_Identity]:
+    """All that a kernel assumes of each tensor, without the tensor, which would outlive its step; nothing if one is not
+    plain. An eager step calls it for thousands: map takes half as long as a loop."""
+    if not _PLAIN.issuperset(map(type, tensors)) or any(it != torch.strided for it in map(_LAYOUT, tensors)):
+        return []
+    return list(zip(*(map(read, tensors) for read in _READ), strict=True))
 
 
 def _places(sizes: Sequence[int]) -> Tensor:

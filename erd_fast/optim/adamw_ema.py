@@ -21,7 +21,7 @@ from erd_fast.ops.adamw_ema import (
 from erd_fast.ops.checks import check_dense
 from erd_fast.ops.core.autotune import capturing
 from erd_fast.ops.grad_norm import grad_norm
-from erd_fast.ops.tensor_table import MOST_EMAS, Slot, Slots, TensorTable
+from erd_fast.ops.tensor_table import MOST_EMAS, Slot, Slots, TensorTable, check_floating, check_plain
 
 _OWN = "erd_fast"  # the key of what a state_dict has besides torch's
 _PICKLED = ("counts", "_scalars", "_factors", "_settings", "_settings_given", "_decays", "_masters", "_growth_interval")
@@ -93,7 +93,7 @@ class AdamWEMA(torch.optim.Optimizer):
         scale = INITIAL_LOSS_SCALE if scale_loss else 1.0
         self._scalars = torch.tensor([scale, 0.0], dtype=dtype, device=device)
         self._table = TensorTable(device)
-        self._key: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
+        self._key: list[tuple[Any, ...]] = []
         self._kept: Slots | None = None
         self._settings_given: list[list[float]] = []
         self._settings = torch.zeros((0, COLUMNS), dtype=torch.float64, device=device)
@@ -213,14 +213,10 @@ class AdamWEMA(torch.optim.Optimizer):
         Moments, averages and masters become float32 (float64 of a float64 parameter), whatever they were saved in.
 
         Raises:
-            ConfigError: it is not one of an AdamWEMA, or a tensor of it has another shape than its parameter.
+            ConfigError: it is not one of an AdamWEMA, lacks something, has a setting outside its range, or a tensor of
+                it has another shape than its parameter. Nothing is changed then.
         """
-        if _OWN not in state_dict:
-            raise ConfigError(f"AdamWEMA: state_dict: given keys {sorted(state_dict)}, allowed those of an AdamWEMA")
-        averages = {sum(name.startswith("ema") for name in state) for state in state_dict["state"].values()}
-        if averages - {self._decays}:
-            raise ConfigError(f"AdamWEMA: state_dict: given {max(averages)} averages, allowed {self._decays}")
-        self._check_shapes(state_dict)
+        self._check_state_dict(state_dict)
         before = {parameter: dict(state) for parameter, state in self.state.items()}
         given = {key: value for key, value in state_dict.items() if key != _OWN}
         super().load_state_dict(given)
@@ -239,16 +235,47 @@ class AdamWEMA(torch.optim.Optimizer):
         self.counts.copy_(state_dict[_OWN]["counts"])
         self._scalars.copy_(state_dict[_OWN]["scalars"])
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Before anything is changed."""
+        if not {_OWN, "state", "param_groups"} <= state_dict.keys():
+            raise ConfigError(f"AdamWEMA: state_dict must be one of an AdamWEMA, got keys {sorted(state_dict)}")
+        own = state_dict[_OWN] if isinstance(state_dict[_OWN], Mapping) else {}
+        _check_saved("counts", own.get("counts"), self.counts, torch.int64)
+        _check_saved("scalars", own.get("scalars"), self._scalars)
+        for group in state_dict["param_groups"]:
+            if missing := [name for name in (*self.defaults, "params") if name not in group]:
+                raise ConfigError(
+                    f"AdamWEMA: state_dict: each group must have {', '.join(self.defaults)}, got one without "
+                    f"{', '.join(missing)}"
+                )
+            _check_group(group, self._decays, "AdamWEMA: state_dict")
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if unknown := [number for number in state_dict["state"] if number not in numbers]:
+            raise ConfigError(f"AdamWEMA: state_dict: state must be of parameters in a group, got {unknown[0]!r}")
         for number, parameter in zip(numbers, self._parameters(), strict=False):  # torch checks how many there are
-            for name, value in state_dict["state"].get(number, {}).items():
-                if value.shape != parameter.shape or not value.is_floating_point():
-                    raise ConfigError(
-                        f"AdamWEMA: state_dict: {name} of parameter {number} must be floating point of shape "
-                        f"{tuple(parameter.shape)}, got {value.dtype} {tuple(value.shape)}"
-                    )
+            if number in state_dict["state"]:
+                self._check_saved_state(number, parameter, state_dict["state"][number])
+
+    def _check_saved_state(self, number: int, parameter: nn.Parameter, state: Any) -> None:
+        names = list(state) if isinstance(state, Mapping) else []
+        averages = sum(name.startswith("ema") for name in names)
+        if averages != self._decays:
+            raise ConfigError(
+                f"AdamWEMA: state_dict: parameter {number} must have {self._decays} averages, got {averages}"
+            )
+        required = ["exp_avg", "exp_avg_sq", *map(_ema, range(self._decays))]
+        if missing := [name for name in required if name not in names]:
+            raise ConfigError(
+                f"AdamWEMA: state_dict: parameter {number} must have {', '.join(required)}, got a state without "
+                f"{', '.join(missing)}"
+            )
+        if "master" in names and not _is_low(parameter):
+            raise ConfigError(
+                f"AdamWEMA: state_dict: parameter {number} must be bfloat16 or float16 to have a master, "
+                f"got {parameter.dtype}"
+            )
+        for name, value in state.items():
+            _check_saved(f"{name} of parameter {number}", value, parameter)
 
     def _slots(self) -> Slots | None:
         """All that a step changes, of the parameters with a gradient; made anew when an address has changed."""
@@ -260,24 +287,31 @@ class AdamWEMA(torch.optim.Optimizer):
         ]
         if not found:
             return None
-        key = [(parameter.data_ptr(), g.data_ptr(), g.dtype, g.stride()) for parameter, _, g in found]
-        if key == self._key and self._kept is not None:
+        if self._kept is not None and self._key_of(found) == self._key:
             return self._kept._replace(gradients=[gradient for _, _, gradient in found])
+        for parameter, _, gradient in found:
+            _check_gradient(parameter, gradient)
         slots = [self._slot(*one) for one in found]
-        self._table.update(slots)
         made = Slots.of(slots)
+        self._table.update(slots)
         copied = any(slot.gradient is not gradient for slot, (_, _, gradient) in zip(slots, found, strict=True))
-        self._key, self._kept = ([] if copied else key), made._replace(gradients=[])  # these would outlive their step
+        self._key, self._kept = (
+            ([] if copied else self._key_of(found)),
+            made._replace(gradients=[]),
+        )  # these would outlive their step
         return made
+
+    def _key_of(self, found: list[tuple[nn.Parameter, int, Tensor]]) -> list[tuple[Any, ...]]:
+        """What tells these slots from others. ids are enough for a state: slots that are kept hold its tensors."""
+        return [
+            (p.data_ptr(), g.data_ptr(), g.dtype, g.shape, g.stride(), *map(id, self.state.get(p, {}).values()))
+            for p, _, g in found
+        ]
 
     def _slot(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> Slot:
         state = self.state[parameter]
         if not state:
             state |= self._new_state(parameter)
-        if gradient.layout != torch.strided:
-            raise ValueError(
-                f"AdamWEMA: gradients must be dense, got {gradient.layout} (an embedding with sparse=True?)"
-            )
         if gradient.stride() != parameter.stride():  # chunks are runs of memory, so all must have one order
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         master = state.get("master")
@@ -320,11 +354,20 @@ class AdamWEMA(torch.optim.Optimizer):
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
     main = getattr(parameter, "main_grad", None)
     gradient = parameter.grad if main is None else main
-    if gradient is not None and gradient.layout != torch.strided:
+    if gradient is None:
+        return None
+    check_plain("AdamWEMA: grad" if main is None else "AdamWEMA: main_grad", gradient)
+    return gradient.resolve_neg() if gradient.is_neg() else gradient  # kernels read what lies in memory
+
+
+def _check_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    given = "AdamWEMA: grad" if getattr(parameter, "main_grad", None) is None else "AdamWEMA: main_grad"
+    check_floating(given, gradient)
+    if (gradient.shape, gradient.device) != (parameter.shape, parameter.device):
         raise ValueError(
-            f"AdamWEMA: gradients must be dense, got {gradient.layout} (of an embedding with sparse=True?)"
+            f"{given} must have shape {tuple(parameter.shape)} and device {parameter.device} as its parameter, "
+            f"got {tuple(gradient.shape)} and {gradient.device}"
         )
-    return gradient
 
 
 def _ema(index: int) -> str:
@@ -344,28 +387,47 @@ def _is_low(parameter: Tensor) -> bool:
 
 
 def _decays(given: float | Sequence[float]) -> tuple[float, ...]:
-    return (given,) if isinstance(given, int | float) else tuple(given)
+    return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
-def _check_group(group: dict[str, Any], averages: int) -> None:
+def _check_saved(name: str, value: Any, like: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ConfigError unless ``value`` can be copied into ``like`` and has the dtype, or is floating point."""
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        right = value.is_floating_point() if dtype is None else value.dtype == dtype
+        if right and value.shape == like.shape and value.layout == torch.strided and not value.is_meta:
+            return
+        got = f"{value.dtype} {tuple(value.shape)}, {value.layout} on {value.device}"
+    kind = "floating point" if dtype is None else dtype
+    raise ConfigError(f"AdamWEMA: state_dict: {name} must be {kind} of shape {tuple(like.shape)}, got {got}")
+
+
+def _check_group(group: dict[str, Any], averages: int, where: str = "AdamWEMA") -> None:
     decays = _decays(group["ema_decay"])
     if not 1 <= len(decays) <= MOST_EMAS:
-        raise ConfigError(f"AdamWEMA: ema_decay: given {len(decays)} of them, allowed 1 to {MOST_EMAS}")
+        raise ConfigError(f"{where}: ema_decay must be 1 to {MOST_EMAS} numbers, got {len(decays)}")
     if len(decays) != averages:
-        raise ConfigError(f"AdamWEMA: ema_decay: given {len(decays)} in a group, allowed {averages}, as in the others")
+        raise ConfigError(f"{where}: ema_decay must have {averages} numbers in each group, got {len(decays)}")
     for decay in decays:
-        _allow("ema_decay", decay, 0.0 <= decay < 1.0, "0 <= ema_decay < 1")
-    for beta in group["betas"]:
-        _allow("betas", beta, 0.0 <= beta < 1.0, "0 to below 1")
-    for name in ("lr", "eps", "weight_decay"):
-        _allow(name, group[name], 0.0 <= float(group[name]) < math.inf, "0 or more")
+        _check_number(f"{where}: ema_decay", decay, "at least 0 and less than 1", below=1.0)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ConfigError(f"{where}: betas must be two numbers, got {betas!r}")
+    for beta in betas:
+        _check_number(f"{where}: betas", beta, "at least 0 and less than 1", below=1.0)
+    for name in ("lr", "eps", "weight_decay", "start"):
+        _check_number(f"{where}: {name}", group[name], "at least 0")
     for name in ("grad_clip", "warmup", "cosine_steps"):
-        _allow(name, group[name], 0.0 <= group[name] < math.inf, "0 (off) or more")
+        _check_number(f"{where}: {name}", group[name], "at least 0 (off)")
 
 
-def _allow(name: str, given: Any, right: bool, allowed: str) -> None:
+def _check_number(name: str, given: Any, allowed: str, below: float = math.inf) -> None:
+    try:
+        right = 0.0 <= float(given) < below
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        right = False
     if not right:
-        raise ConfigError(f"AdamWEMA: {name}: given {given}, allowed {allowed}")
+        raise ConfigError(f"{name} must be {allowed}, got {given!r}")
 
 
 def _check_parameter(parameter: nn.Parameter, device: torch.device) -> None:

@@ -223,6 +223,16 @@ def test_compiled_backends_take_float32():
         (lambda s: {"emas": (s.emas[0].double(),)}, r"slots\[1\].emas\[0\] must be torch.float32, got torch.float64"),
         (lambda s: {"copy": torch.zeros(7, 1).bfloat16()}, r"slots\[1\].copy must have shape"),
         (
+            lambda s: {"copy": torch.zeros(7).long()},
+            r"slots\[1\].copy must be one of torch.float32, .*, got torch.int64",
+        ),
+        (lambda s: {"gradient": s.gradient > 0}, r"slots\[1\].gradient must be floating point, got torch.bool"),
+        (lambda s: {"gradient": torch._neg_view(s.gradient)}, r"slots\[1\].gradient must be a tensor without the neg"),
+        (
+            lambda s: {"exp_avg": torch._neg_view(s.exp_avg)},
+            r"slots\[1\].exp_avg must be a tensor without the negative",
+        ),
+        (
             lambda s: {"gradient": s.gradient.to_sparse()},
             r"slots\[1\].gradient must be a plain dense tensor, got torch.sp",
         ),
@@ -238,6 +248,39 @@ def test_tensors_that_do_not_go_together_are_refused(spoil, message):
     made.slots[1] = made.slots[1]._replace(**spoil(made.slots[1]))
     with pytest.raises(ValueError, match=f"adamw_ema: {message}"):
         made.step()
+
+
+@pytest.mark.parametrize("name", ["parameter", "exp_avg", "exp_avg_sq"])
+def test_slots_without_parameter_or_moments_are_refused(name):
+    made = problem()
+    made.slots[1] = made.slots[1]._replace(**{name: None})
+    with pytest.raises(ValueError, match=rf"adamw_ema: slots\[1\].{name} must be a tensor, got None"):
+        made.step()
+
+
+def test_a_table_of_the_same_memory_in_another_order_is_refused():
+    made, table = problem(), TensorTable(DEVICE)
+    slot = made.slots[1]._replace(gradient=torch.ones(2, 3, device=DEVICE))
+    slot = slot._replace(**{name: torch.zeros(2, 3, device=DEVICE) for name in ("parameter", "exp_avg", "exp_avg_sq")})
+    slot = slot._replace(emas=())
+    table.update([slot])
+    turned = slot._replace(gradient=slot.gradient.view(3, 2).t())
+    with pytest.raises(ValueError, match="adamw_ema: table must be that of these tensors, got one with other gradient"):
+        adamw_ema([turned], table, made.settings, torch.tensor(1.0, device=DEVICE), made.state)
+    assert not slot.parameter.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_versions_of_what_a_step_changes_are_incremented(backend):
+    made = problem(copy=torch.bfloat16, emas=2)
+    slots = made.slots
+    changed = [*made.state, *(t for s in slots for name, t in s.named() if name != "gradient")]
+    kept = [made.settings, *(slot.gradient for slot in slots)]
+    before = [tensor._version for tensor in changed], [tensor._version for tensor in kept]
+    with use_backend(adamw_ema=backend):
+        made.step()
+    assert all(tensor._version > version for tensor, version in zip(changed, before[0], strict=True))
+    assert [tensor._version for tensor in kept] == before[1]
 
 
 @pytest.mark.parametrize("name", ["gradient", "parameter", "exp_avg", "exp_avg_sq", "emas"])

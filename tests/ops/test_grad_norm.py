@@ -1,6 +1,7 @@
 """grad_norm: one number over many tensors."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -78,3 +79,75 @@ def test_holes_and_several_devices_are_refused():
         grad_norm([torch.zeros(2), torch.zeros(6)[::2]])
     with pytest.raises(ValueError, match=r"gradients\[1\]: given a tensor on meta"):
         grad_norm([torch.zeros(2), torch.zeros(2, device="meta")])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda g: g.view(torch.bfloat16)[:6],
+        lambda g: g.view(torch.int32),
+        lambda g: g.view(2, 3),
+        lambda g: g.as_strided((6,), (0,)),
+        lambda g: torch._neg_view(g),
+        lambda g: g.to_sparse(),
+        lambda g: None,
+    ],
+    ids=["dtype", "integers", "shape", "strides", "negative", "sparse", "none"],
+)
+def test_a_table_of_the_same_memory_in_another_form_is_refused(other):
+    table, gradient = TensorTable(torch.device("cpu")), torch.ones(6)
+    table.update([Slot(gradient)])
+    assert grad_norm([gradient.view(6)], table) == grad_norm([gradient])
+    with pytest.raises(ValueError, match="grad_norm: table must be that of these tensors, got one with other gradient"):
+        grad_norm([other(gradient)], table)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, "a plain dense tensor, got NoneType"),
+        (1.0, "a plain dense tensor, got float"),
+        (torch.ones(2).to_sparse(), "a plain dense tensor, got torch.sparse_coo"),
+        (torch.ones(2) > 0, "floating point, got torch.bool"),
+        (torch.ones(2).int(), "floating point, got torch.int32"),
+        (torch.ones(2) * 1j, "floating point, got torch.complex64"),
+        (torch._neg_view(torch.ones(2)), "a tensor without the negative bit"),
+        ((torch.ones(2) * 1j).conj().imag[:1], "a tensor without the negative bit"),
+    ],
+)
+def test_gradients_that_a_kernel_cannot_read_are_refused_by_name(bad, message):
+    with pytest.raises(ValueError, match=rf"grad_norm: gradients\[0\] must be {message}"):
+        grad_norm([bad, torch.ones(2)])
+
+
+def test_tensors_without_memory_are_refused():
+    with pytest.raises(ValueError, match=r"grad_norm: gradients\[0\] must have memory"):
+        grad_norm([torch._efficientzerotensor(4)])
+
+
+def test_a_table_of_another_device_is_refused():
+    with pytest.raises(ValueError, match=r"gradients\[0\] must be on meta as the table, got cpu"):
+        TensorTable(torch.device("meta")).update([Slot(torch.zeros(2))])
+
+
+def test_a_table_keeps_no_gradient():
+    table, gradient = TensorTable(torch.device("cpu")), torch.zeros(5)
+    table.update([Slot(gradient)])
+    gone = weakref.ref(gradient)
+    del gradient
+    assert gone() is None
+
+
+def test_functorch_transforms_run_the_reference():
+    x = torch.arange(12.0).view(3, 4)
+    assert torch.allclose(torch.vmap(lambda row: grad_norm([row, row]))(x), (2 * x.square().sum(1)).sqrt())
+    assert torch.allclose(torch.func.grad(lambda row: grad_norm([row]))(x), x / x.norm())
+    table = TensorTable(torch.device("cpu"))
+    table.update([Slot(x)])
+    assert torch.allclose(torch.vmap(lambda row: grad_norm([row], table))(x), x.norm(dim=1))
+
+
+def test_gradients_that_require_a_gradient_have_one():
+    x = torch.arange(4.0, requires_grad=True)
+    grad_norm([x]).backward()
+    assert torch.allclose(x.grad, x.detach() / x.detach().norm())

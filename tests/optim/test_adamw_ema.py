@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -201,13 +202,18 @@ def test_a_saved_optimizer_goes_on_bit_for_bit():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        *(("ema_decay", decay, f"given {decay}, allowed 0 <= ema_decay < 1") for decay in (-0.1, 1.0, float("nan"))),
-        ("ema_decay", (0.9,) * 5, "given 5 of them, allowed 1 to 4"),
-        *((name, -1, r"given -1, allowed 0 \(off\) or more") for name in ("grad_clip", "warmup", "cosine_steps")),
+        *(("ema_decay", decay, f"at least 0 and less than 1, got {decay}") for decay in (-0.1, 1.0, float("nan"))),
+        ("ema_decay", (0.9,) * 5, "1 to 4 numbers, got 5"),
+        ("ema_decay", "x", "at least 0 and less than 1, got 'x'"),
+        ("betas", 0.9, "two numbers, got 0.9"),
+        ("betas", (0.9, 0.95, 0.99), r"two numbers, got \(0.9, 0.95, 0.99\)"),
+        ("betas", (0.9,), r"two numbers, got \(0.9,\)"),
+        ("betas", (0.9, None), "at least 0 and less than 1, got None"),
+        *((name, -1, r"at least 0 \(off\), got -1") for name in ("grad_clip", "warmup", "cosine_steps")),
     ],
 )
 def test_settings_outside_their_range_are_refused(name, value, allowed):
-    with pytest.raises(ConfigError, match=f"AdamWEMA: {name}: {allowed}"):
+    with pytest.raises(ConfigError, match=f"AdamWEMA: {name} must be {allowed}"):
         AdamWEMA(_parameters(), **{name: value})
 
 
@@ -317,7 +323,9 @@ def test_parameters_that_are_no_numbers_are_refused():
 
 
 def test_a_state_of_another_optimizer_is_refused():
-    with pytest.raises(ConfigError, match=r"state_dict: given keys \['param_groups', 'state'\]"):
+    with pytest.raises(
+        ConfigError, match=r"state_dict must be one of an AdamWEMA, got keys \['param_groups', 'state'\]"
+    ):
         AdamWEMA(_parameters()).load_state_dict(torch.optim.AdamW(_parameters()).state_dict())
 
 
@@ -373,7 +381,9 @@ def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = AdamWEMA(embedding.parameters(), **HOW)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match=r"gradients must be dense, got torch.sparse_coo"):
+    with pytest.raises(
+        ValueError, match=r"AdamWEMA: grad must be a plain dense tensor, got torch.sparse_coo \(of an emb"
+    ):
         optimizer.step()
 
 
@@ -424,7 +434,7 @@ def test_a_gradient_that_is_turned_in_its_memory_is_seen():
 
 def test_a_state_of_other_averages_is_refused_and_one_of_float32_makes_masters():
     _, optimizer = _trained()
-    with pytest.raises(ConfigError, match="state_dict: given 1 averages, allowed 2"):
+    with pytest.raises(ConfigError, match="state_dict: ema_decay must have 2 numbers in each group, got 1"):
         AdamWEMA(_parameters(torch.float32), **HOW, ema_decay=[0.9, 0.99]).load_state_dict(optimizer.state_dict())
     low = _parameters(torch.bfloat16)
     resumed = AdamWEMA(low, **HOW)
@@ -435,12 +445,12 @@ def test_a_state_of_other_averages_is_refused_and_one_of_float32_makes_masters()
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("betas", (0.9, 1.0), r"betas: given 1.0, allowed 0 to below 1"),
-        ("lr", -1.0, "lr: given -1.0, allowed 0 or more"),
-        ("eps", -1.0, "eps: given -1.0"),
-        ("weight_decay", -0.1, "weight_decay: given -0.1"),
-        ("ema_decay", (0.9, 0.99), "ema_decay: given 2 in a group, allowed 1, as in the others"),
-        ("grad_clip", -1.0, "grad_clip: given -1.0"),
+        ("betas", (0.9, 1.0), "betas must be at least 0 and less than 1, got 1.0"),
+        ("lr", -1.0, "lr must be at least 0, got -1.0"),
+        ("eps", -1.0, "eps must be at least 0, got -1.0"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0, got -0.1"),
+        ("ema_decay", (0.9, 0.99), "ema_decay must have 1 numbers in each group, got 2"),
+        ("grad_clip", -1.0, r"grad_clip must be at least 0 \(off\), got -1.0"),
     ],
 )
 def test_a_group_with_a_setting_outside_its_range_is_refused_and_does_not_join(name, value, allowed):
@@ -463,3 +473,169 @@ def test_loading_a_state_keeps_the_memory_that_a_captured_step_reads():
     now = [optimizer.counts, optimizer.grad_norm, optimizer._table.rows, optimizer._settings]
     now += [tensor for state in optimizer.state.values() for tensor in state.values()]
     assert [tensor.data_ptr() for tensor in now] == addresses
+
+
+def _spoiled(saved: dict, *path: object, value: object = None) -> dict:
+    """A state_dict whose entry at ``path`` is ``value``, or missing."""
+    *outer, last = path
+    inner = saved
+    for key in outer:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        *((("state", 1, name), None, f"parameter 1 must have .*, got a state without {name}$") for name in
+          ("exp_avg", "exp_avg_sq")),
+        (("state", 1, "ema_1"), None, "parameter 1 must have 2 averages, got 1"),
+        (("state", 1, "ema"), None, "parameter 1 must have 2 averages, got 1"),
+        (("state", 1), {}, "parameter 1 must have 2 averages, got 0"),
+        (("state", 1), 7, "parameter 1 must have 2 averages, got 0"),
+        (("state", 1, "exp_avg"), 0.5, r"exp_avg of parameter 1 must be floating point of shape \(7,\), got float"),
+        (("state", 1, "exp_avg"), torch.zeros(7).long(), r"exp_avg of parameter 1 must be .*, got torch.int64 \(7,\)"),
+        (("state", 1, "exp_avg"), torch.zeros(7).to_sparse(), "exp_avg of parameter 1 must be .*torch.sparse_coo"),
+        (("state", 1, "exp_avg"), torch.zeros(7, device="meta"), "exp_avg of parameter 1 must be .* on meta"),
+        (("state", 1, "master"), torch.zeros(7), "parameter 1 must be bfloat16 or float16 to have a master"),
+        (("state", 5), {}, "state must be of parameters in a group, got 5"),
+        (("erd_fast",), 5, r"counts must be torch.int64 of shape \(3,\), got NoneType"),
+        (("erd_fast", "counts"), None, r"counts must be torch.int64 of shape \(3,\), got NoneType"),
+        (("erd_fast", "counts"), torch.zeros(2).long(), r"counts must be .*, got torch.int64 \(2,\)"),
+        (("erd_fast", "counts"), torch.zeros(3), r"counts must be .*, got torch.float32 \(3,\)"),
+        (("erd_fast", "scalars"), None, r"scalars must be floating point of shape \(2,\), got NoneType"),
+        (("erd_fast", "scalars"), torch.zeros(3), r"scalars must be .*, got torch.float32 \(3,\)"),
+        (("erd_fast", "scalars"), torch.zeros(2).int(), r"scalars must be .*, got torch.int32 \(2,\)"),
+        (("param_groups",), None, "must be one of an AdamWEMA, got keys"),
+        (("state",), None, "must be one of an AdamWEMA, got keys"),
+        *((("param_groups", 0, name), None, f"each group must have lr, .*, got one without {name}")
+          for name in ("lr", "betas", "eps", "weight_decay", "ema_decay", "grad_clip", "warmup", "cosine_steps",
+                       "start", "params")),
+        (("param_groups", 0, "betas"), (0.9, 1.0), "betas must be at least 0 and less than 1, got 1.0"),
+        (("param_groups", 0, "betas"), 0.9, "betas must be two numbers, got 0.9"),
+        (("param_groups", 0, "lr"), "fast", "lr must be at least 0, got 'fast'"),
+        (("param_groups", 0, "start"), -1, "start must be at least 0, got -1"),
+        (("param_groups", 0, "ema_decay"), (0.9, 0.5, 0.1), "ema_decay must have 2 numbers in each group, got 3"),
+    ],
+)  # fmt: skip
+def test_a_state_that_is_not_whole_is_refused_and_nothing_is_changed(path, value, message):
+    parameters = _parameters(torch.float32)
+    optimizer = AdamWEMA(parameters, **HOW, ema_decay=(0.9, 0.5))
+    _set_gradients(parameters, 0)
+    optimizer.step()
+    before, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] += 1
+    saved["erd_fast"]["counts"] += 1
+    saved["param_groups"][0]["eps"] = 0.5
+    with pytest.raises(ConfigError, match=f"AdamWEMA: state_dict:? {message}"):
+        optimizer.load_state_dict(_spoiled(saved, *path, value=value))
+    now = optimizer.state_dict()
+    assert now["param_groups"] == before["param_groups"]
+    assert torch.equal(now["erd_fast"]["counts"], before["erd_fast"]["counts"])
+    for number, state in before["state"].items():
+        assert now["state"][number].keys() == state.keys()
+        assert all(torch.equal(now["state"][number][name], value) for name, value in state.items())
+
+
+def test_a_state_of_some_parameters_is_loaded_and_so_is_one_of_low_precision():
+    parameters = _parameters(torch.float32)
+    optimizer = AdamWEMA(parameters, **HOW)
+    parameters[1].grad = torch.ones(7)
+    optimizer.step()
+    low = _parameters(torch.bfloat16)
+    resumed, again = AdamWEMA(low, **HOW), AdamWEMA(_parameters(torch.bfloat16), **HOW)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert list(resumed.state) == [low[1]] and torch.equal(resumed.average(low[1]), optimizer.average(parameters[1]))
+    again.load_state_dict(copy.deepcopy(resumed.state_dict()))
+    assert all(state["master"].dtype == torch.float32 for state in again.state.values())
+
+
+def test_negative_views_are_gradients_by_their_values():
+    """As the imaginary part of a conjugate: a bit says that its memory has the other sign."""
+    plain, negative = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    one, other = AdamWEMA([plain], **HOW), AdamWEMA([negative], **HOW)
+    for step in range(3):
+        value = torch.complex(torch.ones(3), torch.arange(3.0) - step).conj().imag
+        assert value.is_neg()
+        plain.grad, negative.grad = value.clone().resolve_neg(), value
+        one.step(), other.step()
+    plain.main_grad, negative.main_grad = torch.ones(3), torch._neg_view(-torch.ones(3))
+    one.step(), other.step()
+    assert torch.equal(plain, negative) and plain.any()
+
+
+@pytest.mark.parametrize(
+    ("main", "message"),
+    [
+        (torch.ones(1), r"must have shape \(4, 3\) and device cpu as its parameter, got \(1,\) and cpu"),
+        (torch.ones(3), r"must have shape \(4, 3\) and device cpu as its parameter, got \(3,\)"),
+        (torch.ones(3, 4), r"must have shape \(4, 3\)"),
+        (torch.ones(4, 3, device="meta"), r"must have shape .* and meta"),
+        (torch.ones(4, 3).long(), "must be floating point, got torch.int64"),
+        (torch.ones(4, 3) * 1j, "must be floating point, got torch.complex64"),
+        (torch.ones(4, 3).to_sparse(), "must be a plain dense tensor, got torch.sparse_coo"),
+        ([1.0], "must be a plain dense tensor, got list"),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_main_gradient_that_is_not_its_parameters_is_refused(main, message, steps):
+    parameters, optimizer = _trained(steps)
+    _set_gradients(parameters, steps)
+    before = [p.detach().clone() for p in parameters]
+    parameters[0].main_grad = main
+    with pytest.raises(ValueError, match=f"AdamWEMA: main_grad {message}"):
+        optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(parameters, before, strict=True))
+    assert bool(optimizer.state) == bool(steps) and optimizer.counts[0] == steps
+
+
+def test_a_main_gradient_whose_shape_changes_in_its_memory_is_refused():
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    optimizer, memory = AdamWEMA([parameter], **HOW), torch.ones(2, 3)
+    parameter.main_grad = memory
+    optimizer.step()
+    parameter.main_grad = memory[:1]
+    with pytest.raises(ValueError, match=r"AdamWEMA: main_grad must have shape \(2, 3\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "ema"])
+def test_a_state_that_was_replaced_is_the_one_of_the_next_step(name):
+    parameters, optimizer = _trained()
+    expected, truth = _trained()
+    for own, used in ((parameters, optimizer), (expected, truth)):
+        value = torch.full_like(own[0], 0.5)
+        if used is optimizer:
+            used.state[own[0]][name] = value
+        else:
+            used.state[own[0]][name].copy_(value)
+    for own, used in ((parameters, optimizer), (expected, truth)):
+        for parameter in own:
+            parameter.grad.fill_(0.25)  # at the same address
+        used.step()
+    for own, other in zip(parameters, expected, strict=True):
+        assert torch.equal(own, other)
+        assert torch.equal(optimizer.state[own][name], truth.state[other][name])
+    optimizer.state[parameters[0]][name] = torch.zeros(3)
+    before = parameters[0].detach().clone()
+    place = "emas[0]" if name == "ema" else name
+    with pytest.raises(ValueError, match=re.escape(f"slots[0].{place} must have shape (4, 3)")):
+        optimizer.step()
+    assert torch.equal(parameters[0], before)
+
+
+def test_autograd_notices_that_a_step_changed_a_parameter():
+    for optimizer_class in (torch.optim.AdamW, AdamWEMA):
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = optimizer_class([parameter], lr=0.5)
+        for _ in range(2):  # in the second one with what the first one kept
+            y = (parameter**3).sum()
+            parameter.grad = torch.ones(3)
+            optimizer.step()
+            parameter.grad = None
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()
