@@ -1,6 +1,6 @@
 # make train   from a clone to pictures: install into .venv, train the digits preset, sample, write a report
 # make test    install the development tools too, then run every test
-# make test-quick   the tests that compile and package nothing: at most 3 minutes on two cores
+# make test-quick   without the tests that compile, package or are slow: at most 3 minutes on two cores
 # make lint    formatting, static checks, types          make fixtures   small real inputs in out/fixtures/
 # make wheel   dist/erd_fast-*.whl with the extension in it
 # make wheel-check   that wheel's ops and kernels under the oldest and the newest torch: 6 GB to download, 12 GB on disk
@@ -46,7 +46,7 @@ test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 test-quick: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10 -m 'not soak and not build'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10 -m 'not soak and not build and not slow'
 
 soak: dev
 	$(BIN)/python -m pytest -m soak -s tests/soak

@@ -21,6 +21,8 @@ from erd_fast.data import Batch, LatentStore
 from erd_fast.errors import ConfigError, RunError
 from erd_fast.training.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ALL = [*OURS, *BASELINES]
 TINY = ModelConfig("DiT-tiny/8", hidden_size=32, depth=1, num_heads=1)

@@ -14,6 +14,8 @@ import pytest
 from erd_fast.benchmark.stages import Rows
 from erd_fast.ops import OPS, DiffusionLoss
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "device": "GPU X",

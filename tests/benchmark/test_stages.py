@@ -15,6 +15,8 @@ import pytest
 
 from erd_fast.benchmark.stages import Rows, Runner, Stage
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

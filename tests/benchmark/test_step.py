@@ -24,6 +24,8 @@ from erd_fast.models import create_model, model_flops
 from erd_fast.ops import OPS
 from erd_fast.training.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DIT = ModelConfig("DiT-tiny/8", hidden_size=32, depth=2, num_heads=2)
 UVIT = ModelConfig("U-ViT-tiny", patch_size=4, hidden_size=32, depth=2, num_heads=2)

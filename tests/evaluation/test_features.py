@@ -8,6 +8,8 @@ import torch
 from erd_fast.evaluation import features, get_judge
 from erd_fast.files import cache_dir
 
+pytestmark = pytest.mark.slow
+
 SMALL = 1024  # images shown to a judge whose numbers do not matter
 
 

@@ -12,6 +12,8 @@ from erd_fast.ops.ada_layer_norm import ada_layer_norm_reference
 from support.parity import SEEDS, gradients, hold
 from support.triton_interpreter import Call, interpret
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 aot = pytest.importorskip("support.triton_aot")
 

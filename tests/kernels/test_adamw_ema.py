@@ -23,6 +23,8 @@ from erd_fast.ops.tensor_table import CHUNK, MOST_EMAS, Slot
 from support.parity import Tensors, hold
 from support.triton_interpreter import UNIT, Call, around, interpret, within_memory
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 aot = pytest.importorskip("support.triton_aot")
 

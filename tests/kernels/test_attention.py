@@ -9,6 +9,8 @@ from torch import Tensor
 from support.parity import hold
 from support.triton_interpreter import Call, interpret
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,6 +12,8 @@ from torch import Tensor
 from erd_fast.ops.diffusion_loss import diffusion_loss_reference
 from support.triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

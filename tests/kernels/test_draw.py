@@ -9,6 +9,8 @@ from erd_fast.ops import Draw, draw
 from erd_fast.random import Purpose, Stream, words
 from support.triton_interpreter import Call, interpret
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 SEED = 0xFEDCBA9876543210  # both key words have their top bit in play

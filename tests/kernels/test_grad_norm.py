@@ -13,6 +13,8 @@ from erd_fast.ops.tensor_table import CHUNK, Slot
 from support.parity import hold
 from support.triton_interpreter import UNIT, Call, interpret, within_memory
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 aot = pytest.importorskip("support.triton_aot")
 

@@ -22,6 +22,8 @@ tl = pytest.importorskip("triton.language")
 from erd_fast.kernels import philox  # noqa: E402
 from erd_fast.kernels.philox import box_muller, philox_4x32, sample_order, unit_interval, words  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 0xFEDCBA9876543210  # both key words have their top bit in play
 ARCHITECTURES = (80, 90, 100)

@@ -13,6 +13,8 @@ from erd_fast.ops import QSample, q_sample
 from erd_fast.random import Purpose, Stream, normals
 from support.triton_interpreter import ROUNDING, UNIT, Call, interpret, patchify
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 

@@ -13,6 +13,8 @@ from erd_fast.ops.residual_ada_layer_norm import residual_ada_layer_norm_referen
 from support.parity import SEEDS, gradients, hold
 from support.triton_interpreter import UNIT, Call, interpret
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 aot = pytest.importorskip("support.triton_aot")
 

@@ -14,6 +14,8 @@ from erd_fast.diffusion import RULES, SCHEDULES, TARGETS, get_schedule, loss_wei
 from erd_fast.errors import RunError
 from erd_fast.lab.weights import weightings, write_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):

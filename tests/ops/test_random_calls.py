@@ -4,6 +4,8 @@ import pytest
 
 from support.random_calls import OPS, UNAVAILABLE, assert_right, run_calls
 
+pytestmark = pytest.mark.slow
+
 
 def test_random_calls_give_what_the_reference_gives():
     run = run_calls(list(OPS), 100)

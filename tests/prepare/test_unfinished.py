@@ -23,6 +23,8 @@ from erd_fast.prepare.unfinished import Unfinished
 from support.encoding import COUNT, content, encode_given
 from support.pictures import image_folder
 
+pytestmark = pytest.mark.slow
+
 
 def _fork(call, *arguments) -> int:
     if (process := os.fork()) == 0:

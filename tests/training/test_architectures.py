@@ -10,6 +10,8 @@ from erd_fast.training.loop import train
 from erd_fast.training.sample_run import sample_run
 from support.run_folders import events, same_weights, terminate
 
+pytestmark = pytest.mark.slow
+
 # Small versions, and the tiny U-Net as it is: its widths are multiples of 32 already.
 ARCHITECTURES = {
     "DiT-tiny/2": {"hidden_size": 32, "depth": 2, "num_heads": 1},

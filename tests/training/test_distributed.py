@@ -24,6 +24,8 @@ from erd_fast.training.loop import train
 from support.ranks import run_ranks
 from support.run_folders import events
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 COMMON = ["train", "digits", "--train.log-every", "1", "--train.sample-every", "0", "--eval.images", "0"]
 TINY = ["--model.hidden-size", "32", "--model.depth", "1", "--model.num-heads", "1", "--train.batch-size", "16"]

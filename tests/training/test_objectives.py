@@ -9,6 +9,8 @@ from erd_fast.data import open_reader
 from erd_fast.diffusion import RULES, SCHEDULES, TARGETS
 from erd_fast.random import Purpose
 
+pytestmark = pytest.mark.slow
+
 STEPS = 32
 
 

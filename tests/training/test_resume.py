@@ -19,6 +19,8 @@ from erd_fast.training.config import config_text, load_config
 from erd_fast.training.loop import train
 from support.run_folders import Killed, checkpoints, die, events, same_weights, terminate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("log_every", "stop"), [(1, 1), (1, 5), (4, 3), (4, 4), (4, 5), (4, 11)])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny, training_lines, at_step, capsys, log_every, stop):
