@@ -88,7 +88,7 @@ class Slot(NamedTuple):
                 check_floating(given, tensor)
                 continue
             if name == "copy":
-                if tensor.dtype not in FORMATS:
+                if tensor.dtype not in (*FORMATS, dtype):  # of float64 only beside float64, which no kernel takes
                     raise ValueError(f"{given} must be one of {', '.join(map(str, FORMATS))}, got {tensor.dtype}")
                 continue
             dtype = dtype or (torch.float64 if tensor.dtype == torch.float64 else torch.float32)
