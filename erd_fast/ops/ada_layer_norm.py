@@ -71,7 +71,8 @@ def check_tokens(op: str, argument: str, x: Tensor) -> None:
             f"{op}: {argument}: given shape {tuple(x.shape)}, allowed (N, T, D) with N and T of 1 or more, "
             f"D of 1 to {WIDEST}"
         )
-    check_dtype(op, argument, x, *FLOATS)
+    if x.dtype not in FLOATS:
+        check_dtype(op, argument, x, *FLOATS)
 
 
 def modulation(
@@ -88,9 +89,9 @@ def modulation(
             raise ValueError(f"{op}: {names[0]}: given beside {names[1]}, allowed one pair of the two")
         offset, names, shape = 1.0 if weight is None else 0.0, ("bias", "weight"), (width,)
         shift, scale = bias, weight
-    dtypes = FLOATS if shift is None else (shift.dtype,)
-    check_tensor(op, names[0], shift, shape, FLOATS, x.device)
-    check_tensor(op, names[1], scale, shape, dtypes, x.device)
+    device, dtypes = x.device, FLOATS if shift is None else (shift.dtype,)
+    check_tensor(op, names[0], shift, shape, FLOATS, device)
+    check_tensor(op, names[1], scale, shape, dtypes, device)
     if shift is None or scale is None:
         other = scale if shift is None else shift
         zero = torch.zeros(width, dtype=torch.float32 if other is None else other.dtype, device=x.device)

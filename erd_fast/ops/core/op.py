@@ -159,10 +159,10 @@ class Op:
     def __call__(self, **args: Any) -> Outputs:
         if torch.compiler.is_compiling():
             return self._dispatched(args, tracing=True)
-        by_dispatcher = dispatched(*[args[name] for name in self.forward.tensors])
-        if by_dispatcher or (self.traced is not None and args[self.forward.leader].is_meta):
+        tensors = [args[name] for name in self.forward.tensors]
+        if dispatched(*tensors) or (self.traced is not None and args[self.forward.leader].is_meta):
             return self._dispatched(args, tracing=False)
-        return self._run_eager(self.choose(args), args)
+        return self._run_eager(self.choose(args), args, tensors)
 
     def differentiate(self, backend: str, **args: Any) -> Outputs:
         """The backward pass, on the backend of the forward pass."""
@@ -246,10 +246,9 @@ class Op:
         values = [args[argument] for argument in self.forward.names]
         return self.forward.named(self._choice(*values, name or available(self.name)))
 
-    def _run_eager(self, backend: Backend, args: Args) -> Outputs:
+    def _run_eager(self, backend: Backend, args: Args, tensors: list[Tensor | None]) -> Outputs:
         """A call without the dispatcher, which takes longer than a small batch's kernel."""
         if self.gradient is not None and torch.is_grad_enabled() and not isinstance(backend, External):
-            tensors = [args[name] for name in self.forward.tensors]
             for it in tensors:
                 if it is not None and it.requires_grad:
                     return self.forward.outputs(*_Eager.apply(self, backend, args, *tensors))
@@ -262,10 +261,11 @@ class Op:
             name: it.detach().requires_grad_(grad and it.requires_grad) if isinstance(it, Tensor) else it
             for name, it in args.items()
         }
-        leaves = [it for it in inputs.values() if isinstance(it, Tensor) and it.requires_grad]
+        tensors = [inputs[name] for name in self.forward.tensors]
+        leaves = [it for it in tensors if it is not None and it.requires_grad]
 
         def call(backend: Backend) -> None:
-            output = self._run_eager(backend, inputs)[0]
+            output = self._run_eager(backend, inputs, tensors)[0]
             if leaves:
                 torch.autograd.grad(output, leaves, output.detach())
 
@@ -288,7 +288,7 @@ class _Gradient:
         self.constant = [name for name in forward.fields if f"d{name}" not in self.given]
 
     def save(self, ctx: Any, args: Args, outputs: Outputs, backend: str) -> None:
-        values = dict(zip(self.op.forward.fields, outputs, strict=True)) | args
+        values = args | dict(zip(self.op.forward.fields, outputs, strict=True))
         ctx.save_for_backward(*[values[name] for name in self.tensors])
         ctx.mark_non_differentiable(*[values[name] for name in self.constant])
         ctx.set_materialize_grads(False)
@@ -342,7 +342,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, args: Args, *tensors: Tensor | None) -> Any:
         """``tensors`` are those of ``args``, as autograd and tracers see them."""
-        args = args | dict(zip(op.forward.tensors, tensors, strict=True))
+        args.update(zip(op.forward.tensors, tensors, strict=True))
         outputs = op.run(op.forward, backend, args)
         assert op.gradient is not None
         op.gradient.save(ctx, args, outputs, backend.name)
