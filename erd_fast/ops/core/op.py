@@ -363,7 +363,7 @@ def dispatched(*tensors: Tensor | None) -> bool:
 def reference_needed(*tensors: Tensor | None) -> bool:
     """Whether only the differentiable reference is right for this call: within functorch transforms and forward-mode
     differentiation, or where one of ``tensors`` needs a gradient that the op does not give."""
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors) and torch.is_grad_enabled():
+    if tensors and torch.is_grad_enabled() and any(it is not None and it.requires_grad for it in tensors):
         return True
     return _transformed()
 
