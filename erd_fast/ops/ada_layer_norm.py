@@ -86,7 +86,7 @@ def modulation(
     if weight is not None or bias is not None:
         if shift is not None or scale is not None:
             names = ("weight" if bias is None else "bias", "scale" if shift is None else "shift")
-            raise ValueError(f"{op}: {names[0]}: given beside {names[1]}, allowed one pair of the two")
+            raise ValueError(f"{op}: {names[0]} must not be given together with {names[1]}")
         offset, names, shape = 1.0 if weight is None else 0.0, ("bias", "weight"), (width,)
         shift, scale = bias, weight
     device, dtypes = x.device, FLOATS if shift is None else (shift.dtype,)

@@ -53,7 +53,7 @@ def _cuda_unavailable() -> Reason | None:
 
 
 def driver_version() -> int:
-    """As CUDA counts, 13000 is 13.0; 0 where there is no driver."""
+    """The CUDA version of the driver, 13000 for 13.0; 0 without a driver."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -29,7 +29,7 @@ def check_tensor(
         return
     check_shape(op, argument, given, shape)
     check_dtype(op, argument, given, *dtypes)
-    raise ValueError(f"{op}: {argument}: given a tensor on {given.device}, allowed {device}, where the others are")
+    raise ValueError(f"{op}: {argument} must be on {device} as the other tensors, got {given.device}")
 
 
 def check_shape(op: str, argument: str, given: Tensor | None, allowed: tuple[int, ...]) -> None:
@@ -47,7 +47,7 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
         if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:
-            raise ValueError(f"{op}: {name}: given a tensor on {tensor.device}, allowed {device}, where {first} is")
+            raise ValueError(f"{op}: {name} must be on {device} as {first}, got {tensor.device}")
 
 
 def check_dtype(op: str, argument: str, given: Tensor | None, *allowed: torch.dtype) -> None:

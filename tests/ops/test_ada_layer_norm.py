@@ -116,9 +116,9 @@ def call(**other: object) -> Tensor:
         ({"scale": torch.randn(2, 8).bfloat16()}, "scale: given torch.bfloat16, allowed torch.float32"),
         (
             {"shift": torch.randn(2, 8, device="meta")},
-            "shift: given a tensor on meta, allowed cpu",
+            "shift must be on cpu as the other tensors, got meta",
         ),
-        ({"weight": torch.ones(8)}, "weight: given beside shift, allowed one pair of the two"),
+        ({"weight": torch.ones(8)}, "weight must not be given together with shift"),
         ({"shift": None, "scale": None, "bias": torch.ones(9)}, "bias: given shape (9,), allowed (8,)"),
         ({"dtype": torch.float64}, "dtype: given torch.float64, allowed torch.float32"),
     ],

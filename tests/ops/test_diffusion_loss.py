@@ -164,7 +164,7 @@ def test_the_ends_of_real_tables_are_finite(schedule, target, dtype):
         ({"t_index": T_INDEX - TIMESTEPS}, r"t_index: given -\d+, allowed 0 to 19"),
         ({"weight": torch.full((TIMESTEPS,), math.nan)}, "weight: given nan in row 0, allowed finite numbers"),
         ({"weight": torch.ones(TIMESTEPS).double()}, "weight: given torch.float64, allowed torch.float32"),
-        ({"weight": torch.ones(TIMESTEPS, device="meta")}, "weight: given a tensor on meta, allowed cpu"),
+        ({"weight": torch.ones(TIMESTEPS, device="meta")}, "weight must be on cpu as prediction, got meta"),
         ({"target": torch.zeros(0, CHANNELS, SIDE, SIDE)}, r"target: given \(0, 3, 4, 4\), allowed .* N of 1 or more"),
         ({"target": torch.zeros(COUNT, CHANNELS, SIDE, SIDE).double()}, "target: given torch.float64, allowed"),
         ({"prediction": torch.zeros(COUNT, CHANNELS, SIDE, SIDE).double()}, "prediction: given torch.float64, allowed"),

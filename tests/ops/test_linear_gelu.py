@@ -294,7 +294,7 @@ def test_shapes_without_numbers():
         ({"x": torch.zeros(())}, r"x: given shape \(\), allowed"),
         ({"x": torch.zeros(3, 24).double()}, "x: given torch.float64, allowed torch.float32"),
         ({"x": torch.zeros(3, 24).long()}, "x: given torch.int64, allowed torch.float32"),
-        ({"x": torch.zeros(3, 24, device="meta")}, "weight: given a tensor on .*, allowed meta, where the others are"),
+        ({"x": torch.zeros(3, 24, device="meta")}, "weight must be on meta as the other tensors, got .*"),
         ({"weight": torch.zeros(24)}, r"weight: given shape \(24,\), allowed \(H, K\)"),
         ({"weight": torch.zeros(0, 24)}, r"weight: given shape \(0, 24\), allowed \(H, K\)"),
         ({"weight": torch.zeros(40, 24).half()}, "weight: given torch.float16, allowed torch.float32"),
@@ -319,7 +319,7 @@ def test_wrong_arguments_say_what_is_allowed(wrong, message):
         ({"next_weight": torch.zeros(0, 40)}, r"next_weight: given shape \(0, 40\), allowed \(D, 40\)"),
         ({"next_weight": torch.zeros(16, 40).half()}, "next_weight: given torch.float16, allowed torch.float32"),
         ({"next_bias": torch.zeros(15)}, r"next_bias: given shape \(15,\), allowed \(16,\)"),
-        ({"next_bias": torch.zeros(16, device="meta")}, "next_bias: given a tensor on meta, allowed cpu"),
+        ({"next_bias": torch.zeros(16, device="meta")}, "next_bias must be on cpu as the other tensors, got meta"),
     ],
 )
 def test_wrong_arguments_of_the_next_layer_say_what_is_allowed(wrong, message):

@@ -245,9 +245,12 @@ def test_logvar_is_clamped_where_the_autoencoder_clamps():
         ({"flip": torch.zeros(5)}, "flip: given torch.float32, allowed torch.bool"),
         (
             {"scale": torch.ones(CHANNELS, device="meta")},
-            "scale: given a tensor on meta, allowed cpu, where",
+            "scale must be on cpu as the other tensors, got meta",
         ),
-        ({"coefficients": torch.ones(ROWS, 4, device="meta")}, "coefficients: given a tensor on meta, allowed cpu"),
+        (
+            {"coefficients": torch.ones(ROWS, 4, device="meta")},
+            "coefficients must be on cpu as the other tensors, got meta",
+        ),
         ({"noise": None}, "noise is not given, so ids and seed are needed"),
         ({"noise": None, "seed": 1}, "ids and seed are needed"),
         ({"noise": None, "ids": torch.arange(COUNT)}, "ids and seed are needed"),

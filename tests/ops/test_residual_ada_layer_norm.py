@@ -151,7 +151,7 @@ def call(**other: object) -> tuple[Tensor, Tensor]:
         ({"gate": torch.randn(2, 8).half()}, "gate: given torch.float16, allowed torch.float32"),
         (
             {"branch": torch.empty(2, 3, 8, device="meta")},
-            "branch: given a tensor on meta, allowed cpu",
+            "branch must be on cpu as the other tensors, got meta",
         ),
         ({"source": Branch(torch.randn(2, 3, 7), torch.randn(2, 3, 8), None)}, "source.x: given shape (2, 3, 7)"),
         ({"source": Branch(torch.randn(2, 3, 8), torch.randn(1, 1, 8), None)}, "source.branch: given shape (1, 1, 8)"),
